@@ -33,7 +33,14 @@ from selm_jax.weights.files import (
     refuse_not_finite,
 )
 from selm_jax.weights.multimodal import open_text
-from selm_jax.weights.names import Tensor, stored_axes, stored_tensors, tensors, whole_shape
+from selm_jax.weights.names import (
+    Tensor,
+    in_one_tensor,
+    stored_axes,
+    stored_tensors,
+    tensors,
+    whole_shape,
+)
 from selm_jax.weights.saving import save, to_hf_tensors
 
 __all__ = ["WeightsError", "check", "checked_config", "load", "save", "to_hf_tensors"]
@@ -78,21 +85,24 @@ def load(
     finite: list[
         tuple[list[str], jax.Array]
     ] = []  # fetched at the end, so that devices need not wait
-    for path, row in rows.items():
-        if fresh_head and path == ("score",):
-            (params[path],) = _zeros((row.shape,), np.dtype(dtype), (where[path],))()
-        elif path in stacked:
-            for layer in stacked[path]:
+    # Parameters of one stored tensor follow each other, because the checkpoint keeps the rows of
+    # the tensor that it read last.
+    for parts in in_one_tensor(config):
+        for layer, row in itertools.product(parts[0].layers or (None,), parts):
+            path = row.path
+            if fresh_head and path == ("score",):
+                (params[path],) = _zeros((row.shape,), np.dtype(dtype), (where[path],))()
+                continue
+            if layer is not None:
                 params[path], is_finite = _fill(checkpoint, row, layer, params[path])
-                finite.append((row.names(layer), is_finite))
-        else:
-            x = _from_file(checkpoint, None, row, where[path])
-            # A copy even if the dtype is right: on CPU the array may be a view of the mapped file.
-            params[path], is_finite = jax.block_until_ready(
-                _caster(np.dtype(dtype), where[path])(x)
-            )
-            finite.append((row.names(None), is_finite))
-            x.delete()
+            else:
+                x = _from_file(checkpoint, None, row, where[path])
+                # A copy even if the dtype is right: on CPU the array may be a view of the file.
+                params[path], is_finite = jax.block_until_ready(
+                    _caster(np.dtype(dtype), where[path])(x)
+                )
+                x.delete()
+            finite.append((row.names(layer), is_finite))
     bad = [_not_finite(checkpoint, names) for names, is_finite in finite if not is_finite]
     refuse_not_finite(checkpoint, itertools.chain(*bad))
     return unflatten_dict({path: params[path] for path in rows})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -70,6 +71,23 @@ def test_weights_are_read_where_they_lie(url, model, tmp_path, read):
     total = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     assert sum(stop - start for _, start, stop in read) <= total  # once, by eight devices
     assert resolve(url, cache=tmp_path) == type(found)(found.path, found.origin | {"source": url})
+
+
+def test_parameters_of_one_tensor_are_read_together(model, bucket, tmp_path, read):
+    """The gates and the ups of gpt-oss's experts alternate in one tensor."""
+    golden = Path(__file__).parents[1] / "golden" / "families" / "gpt-oss"
+    store = Store.at(f"{bucket}/models/gpt-oss")
+    for file in (*golden.glob("*.json"), golden / "model.safetensors", model / "tokenizer.json"):
+        store.put(file.name, file)
+    found = resolve(store.url, cache=tmp_path).path
+    read.clear()
+    config = read_config(found)
+    where = shardings(abstract_params(config), make_mesh((1, 4, 2)), TRAINING)
+    got, expected = (load(each, config, shardings=where) for each in (found, golden))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), got, expected)
+    each = open_checkpoint(golden).tensors.values()
+    assert sum(stop - start for _, start, stop in read) == sum(tensor.bytes for tensor in each)
+    assert len(read) == len(set(read))
 
 
 def test_a_part_costs_its_rows(url, model, tmp_path, read):

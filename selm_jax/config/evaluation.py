@@ -34,8 +34,8 @@ Tasks = Annotated[tuple[str, ...], BeforeValidator(_one_or_several), AfterValida
 class Evaluation:
     # Number of answers sampled per held-out prompt, at temperature 1, to estimate reward and KL.
     samples: Annotated[int, Range(1, 4096, whole=True)] = 1
-    # Tasks of lm-eval that each iteration measures, as NAME or NAME:SHOTS, such as [arc_easy,
-    # hellaswag:10]; they need data.heldout and the extra `lm-eval` (docs/evaluate.md).
+    # Tasks of lm-eval, or groups of them, that each iteration measures, as NAME or NAME:SHOTS, such
+    # as [arc_easy, mmlu:5]; they need data.heldout and the extra `lm-eval` (docs/evaluate.md).
     tasks: Tasks = ()
     # Maximum number of rows of each task, from its start; null uses all.
     task_limit: All | None = None

@@ -1,8 +1,10 @@
 """Compares a policy's scores in the tasks of the capability guard with the start model's.
 
 Both models answer the same questions, so the change of a score is a paired difference, question by
-question, and its interval is much shorter than the intervals of the two scores. A measure that is
-no mean of questions, such as a perplexity, is one number: it has no interval and is not compared.
+question, and its interval is much shorter than the intervals of the two scores. A measure without
+parts by question, such as BLEU, is one number: it has no interval and is not compared. A group of
+tasks has one number too, the aggregate of lm-eval. Its interval and that of its change are those of
+stratified sampling: they apply to other questions of the same tasks.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
+from jaxtyping import Float
 
 from selm_jax.evaluation import EvaluationError
 from selm_jax.evaluation.frontier import as_metrics
-from selm_jax.statistics.intervals import difference, pooled
+from selm_jax.statistics.intervals import difference, pooled, stratified
 from selm_jax.statistics.proportions import counted
 from selm_jax.tables.task_scores import Row
 
@@ -28,10 +31,10 @@ def summarize(rows: Sequence[Row], start: Sequence[Row] | None) -> dict[str, flo
       start: None if `rows` are the start model's.
 
     Returns:
-      For each measure `tasks/TASK/MEASURE`, its standard error `..._stderr` and the ends of its
-      95 % interval `..._low` and `..._high`; from iteration 1 on `..._change`, the mean difference
-      to the start model, with its ends; and `tasks/fallen`, the number of measures that `fallen`
-      lists.
+      For each measure `tasks/TASK/MEASURE` of a task or group, its standard error `..._stderr` and
+      the ends of its 95 % interval `..._low` and `..._high`; from iteration 1 on `..._change`, the
+      difference to the start model, with its ends; and `tasks/fallen`, the number of measures that
+      `fallen` lists.
 
     Raises:
       EvaluationError: the start model was asked something else.
@@ -39,27 +42,28 @@ def summarize(rows: Sequence[Row], start: Sequence[Row] | None) -> dict[str, flo
     before = {} if start is None else dict(_by_measure(start))
     out: dict[str, float | None] = {}
     for key, mine in _by_measure(rows):
-        name, values = _name(key), _values(mine)
-        if mine[0].question is None:
-            out[name] = float(values[0, 0])
+        name, values = _name(key), _parts(mine)
+        if values is None:
+            out[name] = mine[0].value
             continue
-        found = pooled(values, share=counted(values.ravel()))
+        found = pooled(values, share=_is_share(mine))
         out |= as_metrics(name, found)
         if found is not None and found.stderr is not None:
             out[f"{name}_stderr"] = found.stderr
+        if mine[0].question is None:  # of a group, lm-eval's own numbers
+            out |= {name: mine[0].value, f"{name}_stderr": mine[0].stderr}
         if start is None:
             continue
-        others = before.get(key, [])
-        if _asked(others) != _asked(mine):
+        first = before.get(key, [])
+        if _asked(first) != _asked(mine) or (others := _parts(first)) is None:
             raise EvaluationError(
                 f"task {key[0]}: the start model was asked other questions, with another "
                 "prompt, or other answers were right. lm-eval, its data, the task's file or the "
                 "chat template have changed since. Go back to them, or measure the start model "
                 "again: `selm redo RUN evaluate -t 0`"
             )
-        others = _values(others)
-        share = counted(np.append(values, others))
-        out |= as_metrics(f"{name}_change", difference(values, others, share=share))
+        change = difference(values, others, share=_is_share([*mine, *first]))
+        out |= as_metrics(f"{name}_change", change)
     if start is not None:
         out["tasks/fallen"] = len(fallen(rows, out))
     return out
@@ -77,7 +81,7 @@ def fallen(rows: Sequence[Row], metrics: Metrics) -> list[str]:
 
 
 def lines(rows: Sequence[Row], metrics: Metrics) -> Iterator[str]:
-    """Yields the scores in words, one line for each measure, and then a warning if some fell."""
+    """Yields the scores in words, one line for each measure, and a warning if some are worse."""
     for key, _ in _by_measure(rows):
         name = _name(key)
         text = f"{key[0]}, {key[1]}: {_number(metrics[name])}"
@@ -90,27 +94,51 @@ def lines(rows: Sequence[Row], metrics: Metrics) -> Iterator[str]:
         yield text
     if worse := fallen(rows, metrics):
         yield (
-            f"capability guard: {', '.join(worse)} fell against the start model by more than the "
+            f"capability guard: {', '.join(worse)}: worse than the start model by more than the "
             "95 % interval of the change. If the reward rises, do not trust it alone"
         )
 
 
 def _by_measure(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, str], list[Row]]]:
-    """Yields the rows of each task and measure, which stand together."""
-    for key, mine in groupby(rows, lambda row: (row.task, row.measure)):
-        yield key, list(mine)
+    """Yields the rows of each measure of a task or group, which stand together.
+
+    A group's measure begins with its aggregate; one that lm-eval does not aggregate is left out.
+    """
+    for key, mine in groupby(rows, lambda row: (row.group or row.task, row.measure)):
+        first, *others = mine
+        if first.group is None or first.question is None and first.task == first.group:
+            yield key, [first, *others]
 
 
 def _name(key: tuple[str, str]) -> str:
     return f"tasks/{key[0]}/{key[1]}"
 
 
-def _values(rows: Sequence[Row]) -> np.ndarray:
-    return np.array([[row.value for row in rows]], np.float64)
+def _parts(rows: Sequence[Row]) -> Float[np.ndarray, "1 questions"] | None:
+    """The part of each question in a measure, so that the measure is the mean of its parts.
+
+    Returns None if a measure has no parts, or a member of a group has only one question, which
+    does not show how much others differ.
+    """
+    if rows[0].question is not None:
+        return _values(rows)[None]
+    members = [list(each) for _, each in groupby(rows[1:], lambda row: row.task)]
+    if not members or min(map(len, members)) < 2:
+        return None
+    shares = [each[0].share for each in members]
+    return stratified([_values(each) for each in members], shares)[None]
 
 
-def _asked(rows: Sequence[Row]) -> list[tuple[int | None, str]]:
-    return [(row.question, row.prompt) for row in rows]
+def _values(rows: Sequence[Row]) -> Float[np.ndarray, " questions"]:
+    return np.array([row.value for row in rows], np.float64)
+
+
+def _is_share(rows: Sequence[Row]) -> bool:
+    return counted(row.value for row in rows if row.question is not None)
+
+
+def _asked(rows: Sequence[Row]) -> list[tuple[str, int | None, str]]:
+    return [(row.task, row.question, row.prompt) for row in rows]
 
 
 def _number(value: float | None) -> str:

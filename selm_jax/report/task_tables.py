@@ -56,10 +56,10 @@ def task_plots(runs: Sequence[RunData], labels: Sequence[str]) -> list[Plot]:
 
 
 def fallen(run: RunData) -> list[str]:
-    """Warns of each iteration whose scores fell against the start model."""
+    """Warns of each iteration with scores that are worse than the start model's."""
     return [
-        f"Iteration {k}: {count:.0f} of the capability guard's scores fell against the start model "
-        "by more than the 95 % interval of the change."
+        f"Iteration {k}: {count:.0f} of the capability guard's scores are worse than the start "
+        "model's by more than the 95 % interval of the change."
         for k, found in run.evaluations.items()
         if (count := found.get("tasks/fallen"))
     ]

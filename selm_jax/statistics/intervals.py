@@ -16,6 +16,7 @@ there is no interval, because nothing shows how far other values would differ.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,17 +108,51 @@ def weighted(
     """The mean over answers that are clustered by question.
 
     The interval applies to other questions, each with all its answers. The mean is a ratio of two
-    sums; its standard error is that of the linearised ratio (Cochran, Sampling Techniques, 1977,
-    section 6.4), which with equal weights is the ordinary standard error.
+    sums; its standard error is that of its `parts`, which with equal weights is the ordinary one.
 
     Args:
       values: the mean of each question's answers.
       weights: the number of each question's answers.
     """
-    mean = np.average(values, weights=weights)
-    gaps = (mean + weights / weights.mean() * (values - mean))[None]
+    gaps = parts(values * weights, weights)[None]
     found = crossed.mean(gaps) if len(values) > 1 else None
     return _estimate(gaps, found, np.abs(values).max(), 1, None)
+
+
+def parts(
+    sums: Float[np.ndarray, " clusters"], sizes: Float[np.ndarray, " clusters"]
+) -> Float[np.ndarray, " clusters"]:
+    """The part of each cluster in the ratio of all `sums` to all `sizes`.
+
+    Their mean is the ratio, and their standard error is that of the linearised ratio (Cochran,
+    Sampling Techniques, 1977, section 6.4).
+    """
+    ratio = sums.sum() / sizes.sum()
+    return ratio + (sums - ratio * sizes) / sizes.mean()
+
+
+def stratified(
+    strata: Sequence[Float[np.ndarray, " _"]], shares: Sequence[float]
+) -> Float[np.ndarray, " prompts"]:
+    """The part of each prompt in the weighted mean of the means of strata, such as several tasks.
+
+    The mean of the parts is the weighted mean, and their standard error is that of stratified
+    sampling, in which only prompts within a stratum vary (Cochran, Sampling Techniques, 1977,
+    section 5.4).
+
+    Args:
+      strata: the values of each stratum's prompts, of which there are at least two.
+      shares: the weight of each stratum; their sum is 1.
+    """
+    total = sum(map(len, strata))
+    mean = sum(share * values.mean() for share, values in zip(shares, strata, strict=True))
+    found = []
+    for share, values in zip(shares, strata, strict=True):
+        # The root turns the divisor of one variance over all prompts into each stratum's own.
+        count = len(values)
+        scale = share * total / count * np.sqrt(count / (count - 1) * (total - 1) / total)
+        found.append(mean + scale * (values - values.mean()))
+    return np.concatenate(found)
 
 
 def known(*tables: Float[np.ndarray, "_ prompts"]) -> list[Float[np.ndarray, "_ known"]]:

@@ -46,7 +46,7 @@ def test_a_score_fell_if_its_interval_is_on_the_wrong_side_of_the_start(shift, h
     assert task_scores.fallen(mine, found) == (["tasks/river/acc"] if falls else [])
     assert found["tasks/fallen"] == falls
     last = list(task_scores.lines(mine, found))[-1]
-    assert last.startswith("capability guard: tasks/river/acc fell") == falls
+    assert last.startswith("capability guard: tasks/river/acc: worse than") == falls
 
 
 def test_right_and_wrong_answers_have_the_interval_of_shares():
@@ -61,12 +61,56 @@ def test_right_and_wrong_answers_have_the_interval_of_shares():
 
 def test_a_measure_of_a_whole_task_is_one_number_that_is_not_compared():
     def whole(value):
-        return [Row("book", "word_perplexity", None, "", value, False)]
+        return [Row("book", "bleu", None, "", value, True)]
 
     both = [*whole(90.0), *rows([1.0, 0.0], task="other")]
     found = task_scores.summarize(both, [*whole(20.0), *rows([0.0, 1.0], task="other")])
-    assert {key for key in found if "book" in key} == {"tasks/book/word_perplexity"}
-    assert next(iter(task_scores.lines(both, found))) == "book, word_perplexity: 90"
+    assert {key for key in found if "book" in key} == {"tasks/book/bleu"}
+    assert next(iter(task_scores.lines(both, found))) == "book, bleu: 90"
+
+
+def group(values, shares, stderr=0.5):
+    """The rows of a group: its aggregate, then the questions of its members."""
+    total = sum(share * np.mean(v) for share, v in zip(shares, values, strict=True))
+    first = Row("land", "acc", None, "", total, True, "land", stderr=stderr)
+    members = (
+        dataclasses.replace(row, group="land", share=share)
+        for name, share, mine in zip(("river", "hill"), shares, values, strict=True)
+        for row in rows(mine, task=name)
+    )
+    # lm-eval aggregates no acc_norm of this group, so it is kept but has no number.
+    other = (dataclasses.replace(row, group="land") for row in rows([1.0, 0.0], "acc_norm"))
+    return [first, *members, *other]
+
+
+def test_a_group_is_one_number_whose_change_is_paired_and_stratified():
+    rng = np.random.default_rng(2)
+    sizes, shares = (12, 30), (0.7, 0.3)
+    before = [rng.normal(3 * k, 1, n) for k, n in enumerate(sizes)]
+    after = [v + rng.normal(-0.3, 0.4, len(v)) for v in before]
+    mine = group(after, shares)
+    found = task_scores.summarize(mine, group(before, shares))
+    assert {key.split("_")[0] for key in found} == {"tasks/land/acc", "tasks/fallen"}
+    assert (found["tasks/land/acc"], found["tasks/land/acc_stderr"]) == (mine[0].value, 0.5)
+    gaps = [a - b for a, b in zip(after, before, strict=True)]
+    change = sum(share * gap.mean() for share, gap in zip(shares, gaps, strict=True))
+    error = np.sqrt(sum((s * stats.sem(gap)) ** 2 for s, gap in zip(shares, gaps, strict=True)))
+    low, high = stats.t.interval(0.95, sum(sizes) - 1, change, error)
+    assert found["tasks/land/acc_change"] == pytest.approx(change)
+    assert found["tasks/land/acc_change_low"] == pytest.approx(low)
+    assert found["tasks/land/acc_change_high"] == pytest.approx(high) and high < 0
+    *scores, warning = task_scores.lines(mine, found)
+    assert len(scores) == 1 and scores[0].startswith("land, acc: ")
+    assert "guard: tasks/land/acc: worse" in warning and task_scores.fallen(mine, found)
+
+
+def test_a_group_that_lost_everything_is_noticed_and_one_of_single_questions_has_no_interval():
+    right, wrong = ([[v] * 5, [v] * 5] for v in (1.0, 0.0))
+    mine = group(wrong, (0.5, 0.5))
+    found = task_scores.summarize(mine, group(right, (0.5, 0.5)))
+    assert found["tasks/land/acc_change_high"] < 0 and found["tasks/fallen"] == 1
+    alone = group([[1.0], [0.0]], (0.5, 0.5), stderr=np.nan)
+    assert task_scores.summarize(alone, alone) == {"tasks/land/acc": 0.5, "tasks/fallen": 0}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from rich.console import Console
+from scipy import stats
 from tiny import PROMPTS, do, experiment, make_model, on_first_device
 
 from selm_jax import config
@@ -20,9 +21,11 @@ from selm_jax.report import page
 from selm_jax.run.check import check
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
+from selm_jax.tables import task_scores as tasks_table
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `lm-eval`)")
 from lm_eval import simple_evaluate
+from lm_eval.api import metrics
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
@@ -30,7 +33,7 @@ from selm_jax.evaluation.benchmarks.lm_eval import adapter, guard
 from selm_jax.evaluation.benchmarks.lm_eval import tasks as lm_eval_tasks
 from selm_jax.evaluation.model import open_model
 
-NAMES = ["local_choice:1", "local_last"]
+NAMES = ["local_choice:1", "local_last", "local_book", "pair"]
 MARK = "def seen(doc, choices):\n    return doc['question'] + ':'\n"
 
 
@@ -41,7 +44,7 @@ def on_one_device(monkeypatch, local_tasks):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory) -> Path:
-    """Two tasks on local rows: choices with a shot, and the last word of a text."""
+    """Tasks on local rows, such as choices with a shot, and groups of two of them."""
     folder = tmp_path_factory.mktemp("tasks")
     choices = ["a river", "a chair", "a song"]
     rows = [
@@ -53,6 +56,9 @@ def tasks(tmp_path_factory) -> Path:
         "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
         "test_split": "test", "fewshot_split": "test",
     }  # fmt: skip
+    short = folder / "few.jsonl"
+    short.write_text("".join(json.dumps(row) + "\n" for row in rows[24:31]))
+    few = {"dataset_kwargs": {"data_files": {"test": str(short)}}}
     choice = {
         "output_type": "multiple_choice", "doc_to_text": "{{question}}",
         "doc_to_choice": "{{choices}}", "doc_to_target": "answer",
@@ -66,7 +72,14 @@ def tasks(tmp_path_factory) -> Path:
             {"metric": "acc", "higher_is_better": True},
         ],
     }  # fmt: skip
+    book = {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "question",
+        "metric_list": [
+            {"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")
+        ],
+    }  # fmt: skip
     further = {
+        "local_book": book, "many": choice, "few": {**choice, **few}, "few_last": {**last, **few},
         "other_key": {**choice, "doc_to_target": "{{ (answer + 1) % 3 }}"},
         "runs_code": {**last, "unsafe_code": True},
         "shows_images": {**last, "doc_to_image": "question"},
@@ -78,9 +91,18 @@ def tasks(tmp_path_factory) -> Path:
     }  # fmt: skip
     for name, rest in {"local_choice": choice, "local_last": last, **further}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **rest}))
-    (folder / "several.yaml").write_text(
-        yaml.safe_dump({"group": "several", "task": ["local_last"]})
-    )
+    of_acc = [{"metric": "acc"}]
+    alike = [{"metric": name, "weight_by_size": False} for name in ("acc", "perplexity")]
+    for group, members, measures in (
+        ("pair", ["many", "inner"], of_acc),
+        ("inner", ["few"], of_acc),
+        ("alike", ["many", "few_last", "local_last"], alike),
+        ("lists", ["pair", "local_last"], None),
+        ("nothing", ["few"], [{"metric": "bleu"}]),
+    ):
+        asked = {"group": group, "task": members, "aggregate_metric_list": measures}
+        kept = {key: value for key, value in asked.items() if value is not None}
+        (folder / f"{group}.yaml").write_text(yaml.safe_dump(kept))
     return folder
 
 
@@ -128,15 +150,95 @@ def test_scores_and_standard_errors_are_those_of_lm_eval(run, tasks, monkeypatch
     assert perplexity == pytest.approx(found["local_last"]["perplexity,none"], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["pair", "alike"])
+def test_a_group_has_the_aggregate_of_lm_eval(run, tasks, monkeypatch, name):
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    model = run.programs.policy(run.start.path, run.chat)
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    want = simple_evaluate(
+        adapter.Harness(model.fitting(), run.experiment.seed), task_manager=manager, limit=20,
+        tasks=lm_eval_tasks.load_tasks({name: None}, manager), bootstrap_iters=2,
+        apply_chat_template=True, fewshot_as_multiturn=True,
+    )["results"]  # fmt: skip
+    settings = dataclasses.replace(run.experiment.evaluation, tasks=[name])
+    rows = guard.load(settings, run.experiment.seed).measure(model)
+    totals = {row.measure: row for row in rows if row.question is None}
+    assert {f"{key},none" for key in totals} == {
+        key for key in want[name] if key.endswith(",none") and "_stderr" not in key
+    }
+    assert all(row.task == name for row in totals.values())
+    total = totals["acc"]
+    assert (total.value, total.stderr, total.higher_is_better) == (
+        pytest.approx(want[name]["acc,none"]), pytest.approx(want[name]["acc_stderr,none"]), True,
+    )  # fmt: skip
+    # The weighted mean by hand: of 20 and 7 questions, or of three tasks that count alike.
+    members = {"pair": {"many": 20, "few": 7}, "alike": {"many": 1, "few_last": 1, "local_last": 1}}
+    scores = {
+        member: np.mean([r.value for r in rows if r.task == member and r.measure == "acc"])
+        for member in members[name]
+    }
+    for member, score in scores.items():
+        assert score == pytest.approx(want[member]["acc,none"])
+    weights = list(members[name].values())
+    assert total.value == pytest.approx(np.average(list(scores.values()), weights=weights))
+    if name == "alike":  # the perplexity of two of the three
+        values = [want[member]["perplexity,none"] for member in ("few_last", "local_last")]
+        assert totals["perplexity"].value == pytest.approx(np.mean(values))
+        assert totals["perplexity"].higher_is_better is False
+
+
+def test_a_group_without_an_aggregate_is_short_for_its_members(run):
+    settings = dataclasses.replace(run.experiment.evaluation, tasks=["lists"], task_limit=2)
+    loaded = guard.load(settings, 0)
+    rows = loaded.measure(run.programs.policy(run.start.path, run.chat))
+    assert [row.group for row in rows if row.task == "local_last"] == [None] * 4
+    assert {row.group for row in rows if row.task != "local_last"} == {"pair"}
+
+
+def test_a_group_with_nothing_to_aggregate_is_an_error(run):
+    settings = dataclasses.replace(run.experiment.evaluation, tasks=["nothing"], task_limit=1)
+    with pytest.raises(EvaluationError, match="found nothing to aggregate in the group nothing"):
+        guard.load(settings, 0).measure(run.programs.policy(run.start.path, run.chat))
+
+
+@pytest.mark.parametrize(
+    "aggregate", [metrics.perplexity, metrics.weighted_perplexity, metrics.bits_per_byte]
+)
+def test_a_perplexity_has_the_error_of_the_bootstrap(aggregate, monkeypatch):
+    """The bootstrap is lm-eval's own, over documents."""
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(20, 200, 150)
+    logps = -sizes * rng.gamma(20, 0.1, 150)
+    items = list(zip(logps, sizes, strict=True))
+    if aggregate is metrics.perplexity:
+        items = list(logps / sizes)
+    parts = guard._by_question(aggregate, items)
+    assert parts.mean() == pytest.approx(aggregate(items))
+    want = metrics.bootstrap_stderr(aggregate, items, 1000)
+    assert stats.sem(parts) == pytest.approx(want, rel=0.08)
+
+
+def test_the_error_of_a_perplexity_by_hand():
+    """Three documents of 1, 2 and 1 words: the loss is 8 nats on 4 words, so 2 nats on each."""
+    parts = guard._by_question(metrics.weighted_perplexity, [(-1.0, 1), (-5.0, 2), (-2.0, 1)])
+    residuals = np.array([-1.0, 1.0, 0.0])  # a document's loss, less 2 nats on each of its words
+    error = np.exp(2) * np.sqrt(3 / 2 * np.sum(residuals**2)) / 4
+    assert parts.mean() == pytest.approx(np.exp(2)) and stats.sem(parts) == pytest.approx(error)
+
+
 def test_changes_are_paired_with_the_start_model_and_all_is_recorded(run):
     start, after = lines(run)
     tables = [pq.read_table(run.folder.iteration(t) / "tasks.parquet").to_pandas() for t in (0, 1)]
     means = [table.groupby(["task", "measure"]).value.mean() for table in tables]
     for key, value in (means[1] - means[0]).items():
         name = f"tasks/{'/'.join(key)}"
-        if key[1] == "acc":
+        if key[0] not in ("many", "few", "pair"):
             assert after[f"{name}_change"] == pytest.approx(value)
             assert after[f"{name}_change_low"] <= value <= after[f"{name}_change_high"]
+    pair = [after["tasks/pair/acc"], start["tasks/pair/acc"]]
+    assert after["tasks/pair/acc_change"] == pytest.approx(pair[0] - pair[1])
+    assert not {key.split("/")[1] for key in after if "/acc" in key} & {"many", "few", "inner"}
     assert not any("change" in key for key in start) and "tasks/fallen" not in start
     assert "heldout/reward_greedy" in after
     record = json.loads((run.folder.iteration(1) / "stage.json").read_text())["evaluate"]
@@ -144,6 +246,19 @@ def test_changes_are_paired_with_the_start_model_and_all_is_recorded(run):
     assert {"tasks.parquet", "evaluation.task_folder"} <= set(record["inputs"])
     assert record["settings"]["evaluation.tasks"] == NAMES
     assert "local_choice, acc: " in run.console.export_text(clear=False)
+
+
+def test_a_perplexity_that_rises_is_a_warning(run):
+    start = tasks_table.read(run.folder.iteration(0) / "tasks.parquet")
+    names = [f"tasks/local_book/{name}" for name in ("byte_perplexity", "bits_per_byte")]
+    for factor, fallen in ((1.1, names), (0.9, [])):
+        after = [
+            dataclasses.replace(row, value=row.value * factor)
+            if f"tasks/{row.task}/{row.measure}" in names
+            else row
+            for row in start
+        ]
+        assert task_scores.fallen(after, task_scores.summarize(after, start)) == fallen
 
 
 def test_a_stage_that_is_done_measures_and_loads_nothing(run, monkeypatch):
@@ -162,6 +277,8 @@ def test_the_page_shows_scores_errors_and_changes(run, tmp_path):
     shown = text[text.index("Tasks of the capability guard</") :]
     assert text.index("Held-out reward") < text.index("Tasks of the capability guard")
     assert shown.count('<th scope="row">local_last</th><td>perplexity</td>') == 2
+    assert shown.count('<th scope="row">pair</th>') == 2
+    assert '<th scope="row">many</th>' not in shown
     assert "Standard error" in shown
 
 
@@ -172,7 +289,8 @@ def test_measuring_twice_gives_the_same(run):
     assert once == again
     stored = pq.read_table(run.folder.iteration(0) / "tasks.parquet").to_pylist()
     assert [row.value for row in once] == [row["value"] for row in stored]
-    assert len({row.prompt for row in once if row.measure == "acc"}) == 40
+    single = [row for row in once if row.group is None and row.measure == "acc"]
+    assert len({row.prompt for row in single}) == 40
 
 
 def test_a_task_longer_than_the_runs_rows_is_measured(run):
@@ -190,7 +308,7 @@ def test_a_task_longer_than_the_runs_rows_is_measured(run):
     [
         (["local_chose"], r"no task 'local_chose'.*did you mean.*evaluation\.task_folder adds"),
         (["local_choice:24"], "24 shots, but there are only 23 rows"),
-        (["several"], "evaluation.tasks: several stands for several tasks"),
+        (["pair", "few"], "task few: both pair and few stand for it. Name one of them"),
         (["local_last", "local_last:0"], "evaluation.tasks has local_last twice"),
         (["local_last", "runs_code"], "task runs_code: it runs code.*Leave this task out"),
         (["shows_images"], "task shows_images: it shows images.*Leave this task out"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from selm_jax.statistics.intervals import difference, pooled, weighted
+from selm_jax.statistics.intervals import difference, pooled, stratified, weighted
 
 DRAWS = 1000  # a share of so many that is 0.95 varies by 0.007
 
@@ -135,6 +135,18 @@ def test_a_mean_of_judgments_that_come_by_question(questions):
         noise = rng.normal(size=questions) / np.sqrt(counts)
         found.append(weighted(rng.normal(size=questions) + noise, counts.astype(float)))
     assert 0.92 <= held(found) <= 0.97
+
+
+def test_a_weighted_mean_over_strata_that_differ_much():
+    rng, found = np.random.default_rng(4), []
+    sizes, shares = (4, 15, 40), (0.2, 0.5, 0.3)
+    for _ in range(DRAWS):
+        strata = [rng.normal(5 * k, 1 + k, n) for k, n in enumerate(sizes)]
+        found.append(pooled(stratified(strata, shares)[None]))
+    truth = 5 * (shares[1] + 2 * shares[2])
+    assert 0.93 <= held(found, truth) <= 0.97
+    strata_error = [s * stats.sem(v) for s, v in zip(shares, strata, strict=True)]
+    assert found[-1].stderr == pytest.approx(np.linalg.norm(strata_error))
 
 
 # --- what they are ------------------------------------------------------------------------------

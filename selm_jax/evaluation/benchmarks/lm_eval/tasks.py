@@ -69,10 +69,10 @@ def load_tasks(shots: dict[str, int | None], manager: TaskManager) -> list[Any]:
     """Loads tasks (or groups of tasks) with their data and shots.
 
     Raises:
-      EvaluationError: data cannot be loaded, there are fewer rows than shots, or a task runs the
-        model's code or reads images or sounds.
+      EvaluationError: data cannot be loaded, a task is in two of the names, there are fewer rows
+        than shots, or a task runs the model's code or reads images or sounds.
     """
-    out = []
+    out, named = [], {}
     for name, written in _files(list(shots), manager):
         # Loading the task would already download the code of its metric, and run it.
         if written.get("unsafe_code"):
@@ -88,7 +88,11 @@ def load_tasks(shots: dict[str, int | None], manager: TaskManager) -> list[Any]:
             ) from error
         for task in loaded["tasks"].values() if count is not None else ():
             task.set_config(key="num_fewshot", value=count)
-        for task in loaded["tasks"].values():
+        for member, task in loaded["tasks"].items():
+            if (other := named.setdefault(member, name)) != name:
+                raise EvaluationError(
+                    f"task {member}: both {other} and {name} stand for it. Name one of them"
+                )
             _check_kind(task)
             _check_shots(task)
         groups = loaded["groups"]

@@ -523,8 +523,11 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
-def run_on(mesh, decoder, params):
-    """Three updates of two microbatches of 8 rows; nothing compiles after the first."""
+SELM = build_objective("selm", beta=0.1, alpha=0.2)
+
+
+def run_on(mesh, decoder, params, objective=SELM, updates=3, make=some_examples):
+    """Updates of two microbatches of 8 rows each; nothing compiles after the first."""
     at = shardings(abstract_params(decoder.config), mesh, TRAINING)
     where = Shardings(at, NamedSharding(mesh, PartitionSpec()))
 
@@ -532,14 +535,14 @@ def run_on(mesh, decoder, params):
         axes = ("rows", None, None, None)[: x.ndim]
         return jax.device_put(x, partition("batch", axes, x.shape, mesh, TRAINING))
 
-    objective, step = build_objective("selm", beta=0.1, alpha=0.2), optimizer("adamw", **SETTINGS)
+    step = optimizer("adamw", **SETTINGS)
     update = make_update(decoder, objective, step, chunk=16, clip=1.0, shardings=where)
     params = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), params, at)
     state = TrainState.create(params, step)
     start = jax.tree.map(lambda x: x.sharding, state)
     losses = []
-    for k in range(3):
-        examples = some_examples(36, seed=k)
+    for k in range(updates):
+        examples = make(36, seed=k)
         batches = [jax.tree.map(put, b) for b in pack(examples, SHAPE)]
         assert len(batches) == 2
         gradients, sums = totals(update, state.params, batches, examples)
@@ -571,6 +574,28 @@ def test_eight_devices_do_what_one_does(sizes, back_end, on_one_device):
     found, found_logps, found_state = run_on(mesh, cut, params)
     np.testing.assert_allclose(found, losses, rtol=1e-5)
     np.testing.assert_allclose(found_logps, logps, rtol=1e-5, atol=1e-4)
+    assert_close(found_state.params, state.params, rtol=0, atol=1e-6)
+    moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), state.params, params)
+    assert min(jax.tree.leaves(moved)) > 1e-4
+
+
+@pytest.mark.slow
+def test_ld_dpo_on_eight_devices_does_what_it_does_on_one(tiny, random_params):
+    """It sums the tokens up to a length, where other losses sum those of whole responses."""
+
+    def make(count, seed):
+        return [
+            dataclasses.replace(e, shared_logps=tuple(x / 2 for x in e.reference_logps))
+            for e in some_examples(count, seed)
+        ]
+
+    decoder = Decoder(tiny(layers=1))
+    params = random_params(decoder.config)
+    objective = build_objective("ld_dpo", beta=0.1, ld_alpha=0.3)
+    one, cut = make_mesh((1, 1, 1), jax.devices()[:1]), make_mesh((2, 4, 1))
+    losses, _, state = run_on(one, decoder, params, objective, 1, make)
+    found, _, found_state = run_on(cut, decoder.clone(mesh=cut), params, objective, 1, make)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
     assert_close(found_state.params, state.params, rtol=0, atol=1e-6)
     moved = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), state.params, params)
     assert min(jax.tree.leaves(moved)) > 1e-4

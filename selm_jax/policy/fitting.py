@@ -8,12 +8,11 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import jax
-from jax.errors import JaxRuntimeError
 
 from selm_jax.parallel import multihost
 from selm_jax.policy import sizes
 from selm_jax.policy.sizes import LEAST, BatchSizes, Generation, Room
-from selm_jax.shell.memory import ran_out, release
+from selm_jax.shell.memory import until_it_fits
 from selm_jax.shell.progress import Advance
 from selm_jax.shell.words import sizes_in_words
 
@@ -58,25 +57,22 @@ class Fitting:
         """
         if self._fixed.keys() == _WORDS.keys():
             return work(dataclasses.replace(LEAST, **self._fixed), progress)
-        facts = needs()
-        while True:
-            chosen, done = self._chosen(facts), [0, 0]
+        facts, done = needs(), [0, 0]
 
-            def told(answers: int, tokens: int = 0, done: list[int] = done) -> None:
-                done[0], done[1] = done[0] + answers, done[1] + tokens
-                progress(answers, tokens)
+        def told(answers: int, tokens: int = 0) -> None:
+            done[0], done[1] = done[0] + answers, done[1] + tokens
+            progress(answers, tokens)
 
-            try:
-                return work(chosen, told)
-            except (JaxRuntimeError, MemoryError) as e:
-                less = self._less(chosen, facts)
-                # Of several processes, only this one may have run out of memory.
-                if less is None or not ran_out(e) or multihost.count() > 1:
-                    raise
-            progress(-done[0], -done[1])
+        def lower(error: Exception) -> None:
+            less = self._less(facts)
+            # Of several processes, only this one may have run out of memory.
+            if less is None or multihost.count() > 1:
+                raise error
+            told(-done[0], -done[1])
             self._most = {name: getattr(less, name) for name in _WORDS}
             self._say(f"{self.name}: memory ran out, so fewer answers are drawn together now")
-            release()  # what the frames of the failed work held
+
+        return until_it_fits(lambda: work(self._chosen(facts), told), lower)
 
     def _chosen(self, facts: Generation) -> BatchSizes:
         platform = jax.local_devices()[0].platform
@@ -91,6 +87,6 @@ class Fitting:
             self._said = told
         return found
 
-    def _less(self, chosen: BatchSizes, facts: Generation) -> BatchSizes | None:
-        floors = {name: facts.copies for name in _WORDS}
+    def _less(self, facts: Generation) -> BatchSizes | None:
+        chosen, floors = self._chosen(facts), dict.fromkeys(_WORDS, facts.copies)
         return sizes.smaller(chosen, facts.needs(chosen), self._fixed, floors)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import jax
-from jax.errors import JaxRuntimeError
 
 from selm_jax.models.quantize import quantize
 from selm_jax.policy.sizes import KEYS, LEAST, BatchSizes, Generation, Training
@@ -18,12 +16,9 @@ from selm_jax.shell.memory import (
     free_memory,
     gib,
     held_now,
-    ran_out,
     shard_bytes,
 )
 from selm_jax.training.state import TrainState
-
-T = TypeVar("T")
 
 # What makes a stage need less, from the cheapest setting to the most expensive.
 _SMALLER = {
@@ -51,15 +46,7 @@ _OTHERWISE = {
 
 
 class OutOfMemory(RuntimeError):
-    """A stage needs more memory than a device has.
-
-    Attributes:
-      what: says what happened, without the advice.
-    """
-
-    def __init__(self, what: str, advice: str):
-        super().__init__(f"{what} {advice}")
-        self.what = what
+    """A stage needs more memory than a device has."""
 
 
 def check_memory(programs: Programs) -> Iterator[str]:
@@ -155,31 +142,17 @@ def least_of_training(programs: Programs) -> dict[str, int]:
     return found
 
 
-def explained(work: Callable[[], T], stage: str, folder: Path, sizes: BatchSizes) -> T:
-    """Does the work of a stage; if memory runs out, the error says which settings to change.
-
-    Args:
-      folder: the folder of the iteration.
-
-    Raises:
-      OutOfMemory: a device, or this process, does not have enough memory.
-    """
-    try:
-        return work()
-    except (JaxRuntimeError, MemoryError) as e:
-        words = str(e).strip().partition("\n")[0]
-        if not ran_out(e):
-            raise
-        raise OutOfMemory(
-            f"{folder}: stage {stage!r} ran out of memory ({words or 'MemoryError'}).",
-            _advice(stage, sizes),
-        ) from e
+def out_of_memory(error: Exception, stage: str, folder: Path, advice: str) -> OutOfMemory:
+    """The error of a stage that ran out of memory; `folder` is the iteration's."""
+    words = str(error).strip().partition("\n")[0] or "MemoryError"
+    return OutOfMemory(f"{folder}: stage {stage!r} ran out of memory ({words}). {advice}")
 
 
 _CONTINUE = "Finished work is kept: the same command continues"
 
 
-def _advice(stage: str, sizes: BatchSizes) -> str:
+def advice(stage: str, sizes: BatchSizes) -> str:
+    """Says which settings of a stage to change after it ran out of memory with these sizes."""
     if stage == "train" and sizes.remat != "full":
         return f"Set training.remat: full. {_CONTINUE}"
     if stage == "rank":

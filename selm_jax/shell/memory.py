@@ -8,12 +8,14 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+from jax.errors import JaxRuntimeError
 
+T = TypeVar("T")
 GIB = 2**30
 
 
@@ -71,6 +73,22 @@ def free_memory() -> int | None:
 def ran_out(error: Exception) -> bool:
     """Says whether an error means that a device or this process has too little memory."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error).partition("\n")[0]
+
+
+def until_it_fits(work: Callable[[], T], lower: Callable[[Exception], None]) -> T:
+    """Does the work; whenever memory runs out, once more after `lower` has made it need less.
+
+    Args:
+      lower: gets the error, which it raises, itself or in other words, if nothing can be given up.
+    """
+    while True:
+        try:
+            return work()
+        except (JaxRuntimeError, MemoryError) as e:
+            if not ran_out(e):
+                raise
+            lower(e)
+        release()  # what the frames of the failed work held
 
 
 def left_of_limit() -> int | None:

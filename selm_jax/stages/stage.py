@@ -17,7 +17,6 @@ import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +24,11 @@ from selm_jax.config import Experiment
 from selm_jax.parallel import multihost
 from selm_jax.run.folder import StageLog
 from selm_jax.run.inputs import Model, StoredTable, Training, digests_of
-from selm_jax.run.memory import OutOfMemory, explained
+from selm_jax.run.memory import advice, out_of_memory
 from selm_jax.run.task import Task
 from selm_jax.shell import artifacts, jsonl
 from selm_jax.shell import mirror as mirrors
-from selm_jax.shell.memory import release
+from selm_jax.shell.memory import release, until_it_fits
 from selm_jax.shell.pace import here
 from selm_jax.shell.shared_stages import key_of
 from selm_jax.shell.words import redo
@@ -241,25 +240,29 @@ class _Call:
         Several processes cannot go on: one that has memory left waits for the others in a
         collective operation, and does not learn of other sizes. So the run only notes them.
         """
-        while True:
+
+        def work() -> Counts:
             step = Step.of(self.run, self.name, self.t, self.stage.keys(self.run))
-            work = partial(self.stage.body, step, **self.given)
             try:
-                return explained(work, self.name, self.folder, self.run.sizes.sizes)
-            except OutOfMemory as e:
-                found = self.run.sizes.smaller(self.name)
-                if found is None:
-                    raise
-                self.run.sizes = found
-                self.run.write_manifest()
-                if multihost.count() > 1:
-                    raise OutOfMemory(e.what, _of_several(found.lowered[-1])) from e
+                return self.stage.body(step, **self.given)
             finally:
                 if step.ranker_batches:
                     self.run.sizes = self.run.sizes.with_ranker(self.name, step.ranker_batches)
                     self.run.write_manifest()
+
+        def lower(error: Exception) -> None:
+            found = self.run.sizes.smaller(self.name)
+            if found is None:
+                told = advice(self.name, self.run.sizes.sizes)
+                raise out_of_memory(error, self.name, self.folder, told) from error
+            self.run.sizes = found
+            self.run.write_manifest()
+            if multihost.count() > 1:
+                told = _of_several(found.lowered[-1])
+                raise out_of_memory(error, self.name, self.folder, told) from error
             self.run.console.print(found.lowered[-1], style="yellow", soft_wrap=True, markup=False)
-            release()  # what the frames of the failed work held
+
+        return until_it_fits(work, lower)
 
     def _begin(self, settings: Mapping[str, Any]) -> dict[str, str] | None:
         """Records the inputs before the work begins and returns them; None if the stage is done."""

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import pytest
+from jax.errors import JaxRuntimeError
 
 from selm_jax.shell import memory
 
@@ -62,3 +63,30 @@ def test_free_memory_is_within_that_of_the_machine():
     if free is None:
         pytest.skip("this system does not say what is free")
     assert 0 < free < memory._of_machine("MemTotal")
+
+
+@pytest.mark.parametrize("full", [MemoryError(), JaxRuntimeError("RESOURCE_EXHAUSTED: 8 bytes")])
+def test_work_is_done_again_with_less_while_memory_runs_out(full):
+    sizes = [8]
+
+    def work() -> int:
+        if sizes[-1] > 2:
+            raise full
+        return sizes[-1]
+
+    def lower(error: Exception) -> None:
+        assert error is full
+        sizes.append(sizes[-1] // 2)
+
+    assert memory.until_it_fits(work, lower) == 2 and sizes == [8, 4, 2]
+
+
+def test_other_errors_pass_unchanged_and_lower_nothing():
+    def broken():
+        raise JaxRuntimeError("INTERNAL: something else")
+
+    def lower(_):
+        raise AssertionError("the error was taken for one of memory")
+
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"):
+        memory.until_it_fits(broken, lower)

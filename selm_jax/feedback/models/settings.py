@@ -9,12 +9,11 @@ from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.errors import JaxRuntimeError
 
 from selm_jax.config.kinds import Dtype
 from selm_jax.feedback.ranker import FeedbackError
 from selm_jax.policy import sizes
-from selm_jax.shell.memory import ran_out
+from selm_jax.shell.memory import until_it_fits
 from selm_jax.shell.ranges import MOST, Range
 from selm_jax.shell.words import did_you_mean
 
@@ -84,14 +83,14 @@ class Batch:
         Args:
           counts: gets the number of such times as `batch_halved`.
         """
-        while True:
-            try:
-                return work(self.rows)
-            except (JaxRuntimeError, MemoryError) as e:
-                if self._fixed or self.rows == 1 or not ran_out(e):
-                    raise
+
+        def halve(error: Exception) -> None:
+            if self._fixed or self.rows == 1:
+                raise error
             self.lower(self.rows // 2)
             counts["batch_halved"] += 1
+
+        return until_it_fits(lambda: work(self.rows), halve)
 
 
 def reported(counts: Counter[str], keys: Sequence[str]) -> dict[str, float]:

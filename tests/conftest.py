@@ -101,10 +101,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("libtpu is not installed: pip install 'selm_jax[tpu]'")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forget_programs() -> Iterator[None]:
-    """After a module, lets go of all compiled programs if they hold many mappings of memory."""
-    yield
+@pytest.hookimpl(trylast=True)  # after the fixtures, which hold programs, too
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Lets go of all compiled programs if they hold many mappings of memory.
+
+    This looks after each slow test, because a few of them compile as much as a module of others.
+    """
+    if item.get_closest_marker("slow") is None and nextitem and nextitem.path == item.path:
+        return
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
         jax.clear_caches()
 

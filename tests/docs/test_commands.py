@@ -37,6 +37,7 @@ NEEDS = {
     "selm sweep experiments/ablations": "accelerators, and hours",
     "selm sweep experiments/study": "two hours",
     "selm sweep experiments/middle": "an hour",
+    "selm sweep experiments/needle": "half an hour",
     "selm plan": "libtpu, and minutes for each program; tests/plan has smaller ones",
     "selm bench": "a quiet machine; tests/bench has a smaller one",
     "selm show gs://": "a bucket; tests/resume/test_bucket.py has one",

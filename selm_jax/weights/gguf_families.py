@@ -115,6 +115,8 @@ class Family:
       factors: whether there may be a tensor with a divisor for each of rope's frequencies.
       partial: whether rope may rotate a part of each head only.
       biases: whether queries, keys and values may have biases.
+      heads: reads the heads if not all layers have the same; None if all have.
+      keys_as_values: whether layers with full attention may have no values but their keys.
     """
 
     name: str
@@ -128,6 +130,8 @@ class Family:
     factors: bool = False
     partial: bool = False
     biases: bool = False
+    heads: Callable[[Fields], gguf_keys.Heads] | None = None
+    keys_as_values: bool = False
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -135,6 +139,17 @@ class Family:
 _WINDOW = frozenset({"attention.sliding_window", "attention.sliding_window_pattern"})
 _EXPERTS = frozenset({"expert_count", "expert_used_count", "expert_feed_forward_length"})
 _DENSE = _ATTENTION | _MLP | _PRE_NORMS
+_GEMMA4 = frozenset(
+    {
+        "attention.key_length_swa",
+        "attention.value_length_swa",
+        "attention.shared_kv_layers",
+        "embedding_length_per_layer_input",
+        "final_logit_softcapping",
+        "rope.dimension_count_swa",
+        "rope.freq_base_swa",
+    }
+)
 _CAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
 _SCALES = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
 
@@ -263,6 +278,21 @@ FAMILIES = {
         gguf_keys.gemma3,
         _WINDOW | {"final_logit_softcapping", "rope.freq_base_swa"},
         offset=1.0,
+    ),
+    "gemma4_text": Family(
+        "gemma4",
+        "Gemma4ForCausalLM",
+        _ATTENTION
+        | _NORMS_OF_HEADS
+        | _MLP
+        | _FOUR_NORMS
+        | {"layer_output_scale.weight": ("layer_scalar", "single")},
+        _GEMMA,
+        gguf_keys.gemma4,
+        _WINDOW | _GEMMA4,
+        factors=True,
+        heads=gguf_keys.gemma4_heads,
+        keys_as_values=True,
     ),
 }
 """The families by `model_type`. Two of llama.cpp's architectures are two families each."""

@@ -6,11 +6,20 @@ that llama.cpp keeps in its code, so that it is not in the file, is here with a 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from selm_jax.weights.gguf_file import MEND, Fields, GGUFError
 
 Json = dict[str, Any]
+
+
+class Heads(NamedTuple):
+    """The heads of attention: their numbers, the size of one, and how much of it rope rotates."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotated: int
 
 
 def _layer_types(k: Fields, config: Json, every: int) -> list[str]:
@@ -119,6 +128,70 @@ def _query_scalar(config: Json, of_width: int) -> int:
     if config["num_hidden_layers"] == of_width:
         return config["hidden_size"] // config["num_attention_heads"]
     return config["head_dim"]
+
+
+def gemma4_heads(k: Fields) -> Heads:
+    """Reads the heads of layers with a window; the rotated size is that of the other layers."""
+    whole = k.size("attention.key_length")
+    sizes = {"": whole, "_swa": k.size("attention.key_length_swa", whole)}
+    for mark, size in sizes.items():
+        for key in (f"attention.value_length{mark}", f"rope.dimension_count{mark}"):
+            if k.size(key, size) != size:
+                raise GGUFError(
+                    f"{k.path}: key {k.prefix}{key} is {k.size(key)}, but keys have the size "
+                    f"{size}; only equal sizes are supported. {MEND}"
+                )
+    windowed, _ = _gemma4_kv_heads(k)
+    return Heads(k.size("attention.head_count"), windowed, sizes["_swa"], sizes[""])
+
+
+def _gemma4_kv_heads(k: Fields) -> tuple[int, int]:
+    """The numbers of key/value heads in layers with a window, and in the others."""
+    key, slides = "attention.head_count_kv", k.need("attention.sliding_window_pattern", list)
+    said = k.need(key, object)
+    each: list[Any] = said if isinstance(said, list) else [said] * len(slides)
+    kinds = [{n for n, s in zip(each, slides, strict=False) if s is kind} for kind in (True, False)]
+    counts = [kind.pop() if len(kind) == 1 else 0 for kind in kinds]
+    if len(each) != len(slides) or not all(type(n) is int and n > 0 for n in counts):
+        raise GGUFError(
+            f"{k.path}: key {k.prefix}{key} is {said!r:.80}; expected one number for all layers "
+            f"with a window, of which there is at least one, and one for all others. {MEND}"
+        )
+    return counts[0], counts[1]
+
+
+def gemma4(k: Fields, config: Json) -> Json:
+    for key, what in (
+        ("embedding_length_per_layer_input", "embeddings of its own in each layer (E2B, E4B)"),
+        ("attention.shared_kv_layers", "layers that use the keys of earlier ones (E2B, E4B)"),
+    ):
+        if k.get(key, int):
+            raise GGUFError(
+                f"{k.path}: key {k.prefix}{key} is {k.get(key, int)}: this model has {what}, which "
+                "is not supported. Use a dense model, such as gemma-4-31B-it"
+            )
+    theta, full = config.pop("rope_theta"), config.pop("rope_scaling")
+    types, cap = _layer_types(k, config, 6), "final_logit_softcapping"
+    if types[-1] != "full_attention":
+        raise GGUFError(
+            f"{k.path}: key {k.prefix}attention.sliding_window_pattern gives the last layer a "
+            f"window, which no gemma4 model has. {MEND}"
+        )
+    return config | {
+        cap: k.number(cap) if cap in k else None,
+        "global_head_dim": k.size("attention.key_length"),
+        "hidden_size_per_layer_input": 0,
+        "layer_types": types,
+        "num_global_key_value_heads": _gemma4_kv_heads(k)[1],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default"} | (full or {}) | {"rope_theta": theta},
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": k.number("rope.freq_base_swa", theta),
+            },
+        },
+        "sliding_window": k.size("attention.sliding_window"),
+    }
 
 
 def phi3(k: Fields, config: Json) -> Json:

@@ -17,6 +17,7 @@ from jaxtyping import Float32
 
 from selm_jax.weights.gguf_families import FAMILIES, QKV_BIASES, Family, model_type_of
 from selm_jax.weights.gguf_file import MEND, Fields, Gguf, GGUFError, numbers_of
+from selm_jax.weights.gguf_keys import Heads
 from selm_jax.weights.gguf_rope import FACTORS, LONG, SHORT, rope_scaling
 from selm_jax.weights.gguf_tokenizer import SPECIAL_IDS
 
@@ -144,11 +145,15 @@ def read_config(fields: Fields, model: Gguf) -> Json:
     config["rope_scaling"] = rope_scaling(k, model, family, config, rotated)
     if family.own is not None:
         config = family.own(k, config)
+    if family.keys_as_values:  # the last layer has full attention
+        values = f"blk.{config['num_hidden_layers'] - 1}.attn_v.weight"
+        config["attention_k_eq_v"] = values not in model.file_of
     return config | _special_ids(fields, config["vocab_size"])
 
 
-def _heads(k: Fields, hidden: int, family: Family) -> tuple[int, int, int, int]:
-    """The numbers of heads and key/value heads, a head's size, and how much of it rope rotates."""
+def _heads(k: Fields, hidden: int, family: Family) -> Heads:
+    if family.heads is not None:
+        return family.heads(k)
     heads = k.size("attention.head_count")
     kv_heads = k.size("attention.head_count_kv", heads)
     head_dim = k.get("attention.key_length", int) or hidden // heads
@@ -165,7 +170,7 @@ def _heads(k: Fields, hidden: int, family: Family) -> tuple[int, int, int, int]:
                 f"{k.path}: key {k.prefix}{key} is {k.size(key)}, but the head size is {head_dim}; "
                 f"only equal sizes (rope over the whole head) are supported. {MEND}"
             )
-    return heads, kv_heads, head_dim, rotated
+    return Heads(heads, kv_heads, head_dim, rotated)
 
 
 def _special_ids(fields: Fields, vocab_size: int) -> Json:
@@ -194,7 +199,7 @@ def named_tensors(path: Path, model: Gguf, config: Json) -> list[Named]:
     Raises:
       GGUFError: if a tensor is missing, unknown or of the wrong shape; the message names it.
     """
-    family, sizes = FAMILIES[config["model_type"]], sizes_of(config)
+    family = FAMILIES[config["model_type"]]
     expected = dict(_expected(family, config))
     tensors = {t.name: t for t in model.tensors}
     divisors = {FACTORS, SHORT, LONG} if family.factors else set()
@@ -210,7 +215,7 @@ def named_tensors(path: Path, model: Gguf, config: Json) -> list[Named]:
             f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}. {MEND}"
         )
     named: list[Named] = []
-    for name, (hf_name, *axes) in expected.items():
+    for name, (hf_name, axes, sizes) in expected.items():
         tensor = tensors[name]
         # GGUF lists the fastest-running dimension first, numpy and safetensors last.
         shape = tuple(int(n) for n in reversed(tensor.shape))
@@ -239,11 +244,15 @@ def named_tensors(path: Path, model: Gguf, config: Json) -> list[Named]:
 _ROTATED = re.compile(r"\.attn_[qk]\.weight$")
 
 
-def sizes_of(config: Json) -> dict[str, int]:
-    """The sizes of axes, by the names that `gguf_families` uses."""
-    head, inner = config["head_dim"], config["intermediate_size"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+def sizes_of(config: Json, layer: int = 0) -> dict[str, int]:
+    """The sizes of axes in a layer, by the names that `gguf_families` uses."""
+    heads, inner = config["num_attention_heads"], config["intermediate_size"]
+    if "global_head_dim" in config and _is_full(config, layer):
+        head, kv_heads = config["global_head_dim"], config["num_global_key_value_heads"]
+    else:
+        head, kv_heads = config["head_dim"], config["num_key_value_heads"]
     return {
+        "single": 1,
         "vocab": config["vocab_size"],
         "hidden": config["hidden_size"],
         "head": head,
@@ -259,12 +268,21 @@ def sizes_of(config: Json) -> dict[str, int]:
     }
 
 
-def _expected(family: Family, config: Json) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each tensor of the file, its Hugging Face name, and the names of its axes' sizes."""
-    for name, stored in _OUTSIDE.items():
+def _is_full(config: Json, layer: int) -> bool:
+    return config["layer_types"][layer] == "full_attention"
+
+
+def _expected(
+    family: Family, config: Json
+) -> Iterator[tuple[str, tuple[str, list[str], dict[str, int]]]]:
+    """Each tensor of the file, its Hugging Face name, the names of its axes, and their sizes."""
+    for name, (hf_name, *axes) in _OUTSIDE.items():
         if name != "output.weight" or not config["tie_word_embeddings"]:
-            yield name, stored
+            yield name, (hf_name, axes, sizes_of(config))
     biases = QKV_BIASES if family.biases and config["attention_bias"] else {}
     for i in range(config["num_hidden_layers"]):
+        sizes = sizes_of(config, i)
+        shared = config.get("attention_k_eq_v") and _is_full(config, i)
         for name, (hf_name, *axes) in (family.layer | biases).items():
-            yield f"blk.{i}.{name}", (f"model.layers.{i}.{hf_name}", *axes)
+            if name != "attn_v.weight" or not shared:
+                yield f"blk.{i}.{name}", (f"model.layers.{i}.{hf_name}", axes, sizes)

@@ -52,6 +52,8 @@ def rope_scaling(k: Fields, model: Gguf, family: Family, config: Json, rotated: 
             f"{k.path}: key {k.prefix}rope.scaling.attn_factor is {magnitude:g}; only 1 is "
             f"supported here. {MEND}"
         )
+    if family.name == "gemma4" and kind is None and found == [FACTORS]:
+        return _proportional(k.path, tables[FACTORS] or [])
     match kind, found:
         case None, []:
             return None
@@ -89,6 +91,20 @@ def _table(k: Fields, model: Gguf, name: str, rotated: int) -> list[float] | Non
                 )
             return [float(str(value)) for value in values]
     return None
+
+
+def _proportional(path: Path, divisors: list[float]) -> Json:
+    """The settings of Gemma 4's rope in layers with full attention: which pairs are rotated.
+
+    llama.cpp divides the frequencies of the other pairs by a number that leaves nothing of them.
+    """
+    rotated = divisors.count(1.0)
+    if divisors != [1.0] * rotated + [1e30] * (len(divisors) - rotated) or not rotated:
+        raise GGUFError(
+            f"{path}: tensor {FACTORS} has other numbers than 1 for the pairs that are rotated, "
+            f"and 1e30 for those after them. {MEND}"
+        )
+    return {"rope_type": "proportional", "partial_rotary_factor": rotated / len(divisors)}
 
 
 def _llama3(path: Path, factors: Float[np.ndarray, " pairs"], config: Json) -> Json | None:

@@ -1,8 +1,9 @@
 """Rebuilds the tokenizer inside a GGUF file as Hugging Face's tokenizer.json.
 
-Two kinds are supported. For byte-level BPE ("gpt2"), the file contains tokens and merges, and the
+Three kinds are supported. For byte-level BPE ("gpt2"), the file contains tokens and merges, and the
 name of a rule that splits text before the merges. For SentencePiece's BPE ("llama"), it contains
-tokens with scores; the pair whose token has the highest score is merged first.
+tokens with scores; the pair whose token has the highest score is merged first. Gemma 4's kind
+("gemma4") has SentencePiece's tokens, and merges in place of the scores.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ _RULES = {
     "tekken": _Rule(lambda: _split(_by_case("", "")), whole_words=True, bos=True),
 }
 
+_MODEL = "tokenizer.ggml.model"
 _SPM = "llama"  # llama.cpp's name for SentencePiece's BPE
+_GEMMA4 = "gemma4"
 _BLANK = "\u2581"  # what SentencePiece has in place of a blank
 
 
@@ -117,8 +120,9 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
     if len(vocab) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
         raise GGUFError(f"{fields.path}: token {twice!r} occurs twice in the vocabulary. {MEND}")
-    model = fields.need("tokenizer.ggml.model", str)
-    tokenizer = (_sentencepiece if model == _SPM else _byte_level_bpe)(fields, vocab)
+    model = fields.need(_MODEL, str)
+    makers = {_SPM: _sentencepiece, _GEMMA4: _gemma4}
+    tokenizer = makers.get(model, _byte_level_bpe)(fields, vocab)
     if _adds_bos(fields):
         bos_id = fields.need(SPECIAL_IDS["bos"], int)
         bos = tokens[bos_id]
@@ -135,7 +139,7 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
             tokenizer.add_special_tokens([added])
         elif kind == TokenType.USER_DEFINED:
             # One with SentencePiece's blanks is looked for after these were put into the text.
-            blanks = model == _SPM and _BLANK in token
+            blanks = model in makers and _BLANK in token
             added = AddedToken(token, normalized=blanks, special=False)
             tokenizer.add_tokens([added])
     return tokenizer
@@ -149,19 +153,37 @@ def _types(fields: Fields) -> list[int]:
 
 
 def _byte_level_bpe(fields: Fields, vocab: dict[str, int]) -> Tokenizer:
-    model = fields.need("tokenizer.ggml.model", str)
+    model = fields.need(_MODEL, str)
     pre = fields.need("tokenizer.ggml.pre", str)
     if model != "gpt2" or pre not in _RULES:
         raise GGUFError(
             f"{fields.path}: tokenizer {model!r} with pre {pre!r} is not supported; supported are "
-            f"{_SPM!r}, and 'gpt2' with {sorted(_RULES)}. Get the model as a Hugging Face folder "
-            "instead"
+            f"{_SPM!r}, {_GEMMA4!r}, and 'gpt2' with {sorted(_RULES)}. Get the model as a Hugging "
+            "Face folder instead"
         )
+    rule = _RULES[pre]
+    # unk_token=None, as published: a byte that is not in the vocabulary is left out and never
+    # becomes the end-of-text token.
+    bpe = models.BPE(
+        vocab=vocab,
+        merges=_merges(fields, vocab),
+        unk_token=None,
+        ignore_merges=rule.whole_words,
+    )
+    tokenizer = Tokenizer(bpe)
+    if rule.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = rule.cut()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _merges(fields: Fields, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """The merges of a file, which adds no blank before a text."""
     if fields.get("tokenizer.ggml.add_space_prefix", bool):
         raise GGUFError(
             f"{fields.path}: tokenizer.ggml.add_space_prefix is set, which is not supported. {MEND}"
         )
-    rule = _RULES[pre]
     merges = []
     for row, merge in enumerate(fields.texts("tokenizer.ggml.merges")):
         left, _, right = merge.partition(" ")
@@ -171,14 +193,33 @@ def _byte_level_bpe(fields: Fields, vocab: dict[str, int]) -> Tokenizer:
                 f"that is not in the vocabulary. {MEND}"
             )
         merges.append((left, right))
-    # unk_token=None, as published: a byte that is not in the vocabulary is left out and never
-    # becomes the end-of-text token.
-    bpe = models.BPE(vocab=vocab, merges=merges, unk_token=None, ignore_merges=rule.whole_words)
-    tokenizer = Tokenizer(bpe)
-    if rule.nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = rule.cut()
-    tokenizer.decoder = decoders.ByteLevel()
+    return merges
+
+
+def _gemma4(fields: Fields, vocab: dict[str, int]) -> Tokenizer:
+    types = _types(fields)
+    unknown = [token for token, i in vocab.items() if types[i] == TokenType.UNKNOWN]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=_merges(fields, vocab),
+            unk_token=unknown[0] if unknown else None,
+            fuse_unk=True,
+            byte_fallback=TokenType.BYTE in types,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", _BLANK)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+"), "isolated")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    for token in vocab:
+        # llama.cpp takes line ends that are a token whole, whatever the merges say.
+        if set(token) == {"\n"} and tokenizer.encode(token).tokens != [token]:
+            raise GGUFError(
+                f"{fields.path}: tokenizer.ggml.merges do not make the token {token!r} of line "
+                f"ends, which is not supported. {MEND}"
+            )
     return tokenizer
 
 
@@ -228,10 +269,12 @@ def _sentencepiece(fields: Fields, vocab: dict[str, int]) -> Tokenizer:
 
 
 def _adds_bos(fields: Fields) -> bool:
-    said = fields.get("tokenizer.ggml.add_bos_token", bool)
+    said, model = fields.get("tokenizer.ggml.add_bos_token", bool), fields.get(_MODEL, str)
+    if model == _GEMMA4:
+        return True  # in llama.cpp's code
     if said is not None:
         return said
-    if fields.need("tokenizer.ggml.model", str) == _SPM:
+    if model == _SPM:
         return True  # llama.cpp's default
     return _RULES[fields.need("tokenizer.ggml.pre", str)].bos
 

@@ -16,7 +16,7 @@ from tiny_gguf import CONTROL, F32, tokenizer_keys, write
 
 NAMES = {
     "qwen3_moe": "qwen3moe", "mixtral": "llama", "olmo3": "olmo2", "gemma3_text": "gemma3",
-    "ministral3": "mistral3", "gpt_oss": "gpt-oss",
+    "ministral3": "mistral3", "gpt_oss": "gpt-oss", "gemma4_text": "gemma4",
 }  # fmt: skip
 # Those whose rope rotates neighbours in llama.cpp.
 _NEIGHBOURS = ("llama", "mixtral", "ministral3", "granite", "smollm3")
@@ -90,9 +90,9 @@ def _keys_of(config: dict) -> dict:
         keys["attention.value_length"] = head
     if name in ("llama", "mixtral", "granite", "phi3", "glm4"):
         keys["rope.dimension_count"] = int(head * rope.get("partial_rotary_factor", 1))
-    if name in ("olmo3", "exaone4", "gemma2", "gemma3_text", "phi3", "gpt_oss"):
+    if name in ("olmo3", "exaone4", "gemma2", "gemma3_text", "phi3", "gpt_oss", "gemma4_text"):
         keys["attention.sliding_window"] = config["sliding_window"] or 0
-    if name in ("olmo3", "exaone4"):
+    if name in ("olmo3", "exaone4", "gemma4_text"):
         slides = [kind == "sliding_attention" for kind in config["layer_types"]]
         keys["attention.sliding_window_pattern"] = slides
     if name not in ("gemma", "gemma2"):
@@ -102,6 +102,16 @@ def _keys_of(config: dict) -> dict:
     if full["rope_type"] in ("linear", "yarn"):
         keys["rope.scaling.type"] = full["rope_type"]
         keys |= {new: full[old] for old, new in _ROPE.items() if old in full}
+    if name == "gemma4_text":
+        full = _heads_of_full_layers(config)
+        for suffix, size in (("", full["head_dim"]), ("_swa", head)):
+            for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+                keys[key + suffix] = size
+        if "num_key_value_heads" in full:
+            counts = {"sliding_attention": config["num_key_value_heads"]}
+            counts["full_attention"] = full["num_key_value_heads"]
+            keys["attention.head_count_kv"] = [counts[kind] for kind in config["layer_types"]]
+        keys |= {"attention.shared_kv_layers": 0, "embedding_length_per_layer_input": 0}
     if name == "gpt_oss":
         keys["expert_feed_forward_length"] = config["intermediate_size"]
     if name == "ministral3":
@@ -117,9 +127,18 @@ def _keys_of(config: dict) -> dict:
     return keys
 
 
+def _heads_of_full_layers(config: dict) -> dict:
+    return config["per_layer_config"][str(config["layer_types"].index("full_attention"))]
+
+
 def _factors_of(config: dict) -> dict[str, np.ndarray]:
     """The tensors of rope's divisors, number by number."""
     rope = config["rope_parameters"]
+    if config["model_type"] == "gemma4_text":
+        pairs = _heads_of_full_layers(config)["head_dim"] // 2
+        rotated = int(rope["full_attention"]["partial_rotary_factor"] * pairs)
+        divisors = [1.0] * rotated + [1e30] * (pairs - rotated)
+        return {"rope_freqs.weight": np.array(divisors, np.float32)}
     if rope.get("rope_type") == "longrope":
         return {
             f"rope_factors_{kind}.weight": np.array(rope[f"{kind}_factor"], np.float32)
@@ -140,9 +159,9 @@ def _factors_of(config: dict) -> dict[str, np.ndarray]:
 
 
 def _apart(name: str, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """A tensor of gpt-oss under the names of several, as if each were a layer with a weight."""
+    """A tensor that is no layer's weight or bias under the names of one or several that are."""
     stem, _, last = name.rpartition(".")
-    if last == "sinks":
+    if last in ("sinks", "layer_scalar"):
         return [(f"{name}.weight", value)]
     if not stem.endswith("mlp.experts"):
         return [(name, value)]
@@ -166,7 +185,7 @@ def _tensors_of(tensors: dict, config: dict, arch: str) -> dict[str, np.ndarray]
             if f"{part}.weight" in stored and config["model_type"] in _NEIGHBOURS:
                 heads = value.reshape(config[key], 2, -1, value.shape[-1])
                 value = heads.swapaxes(1, 2).reshape(value.shape)
-        if arch.startswith("gemma") and name.endswith("norm.weight"):
+        if arch.startswith("gemma") and arch != "gemma4" and name.endswith("norm.weight"):
             value = value + np.float32(1)
         if number := re.findall(r"experts\.(\d+)", name):
             experts.setdefault(stored, []).append((int(number[0]), value))

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_of import write_of
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from selm_jax.models.families import from_hf, read_config
+from selm_jax.models.multimodal import text_part
 from selm_jax.weights.gguf import GGUFError, convert
 from selm_jax.weights.gguf_families import FAMILIES
+from selm_jax.weights.multimodal import open_text
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "families"
 LLAMA3 = {
@@ -23,6 +25,14 @@ LLAMA3 = {
 }  # fmt: skip
 NO_WINDOW = {"layer_types": ["full_attention"] * 4, "sliding_window": None}
 HEAD_SIZE = {"query_pre_attn_scalar": 8}  # what llama.cpp assumes
+GEMMA4 = {
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e5,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
 LIMIT = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # in llama.cpp's code
 CASES = [
     ("llama-2", {}),
@@ -48,6 +58,7 @@ CASES = [
     ("gemma-1", {}),
     ("gemma-2", HEAD_SIZE),
     ("gemma-3", HEAD_SIZE),
+    ("gemma-4", GEMMA4),
 ]
 
 
@@ -63,6 +74,23 @@ def test_a_model_comes_back_as_it_was(tmp_path, name, change):
         atol = 2e-7 if "gemma" in name and "norm" in tensor else 0
         np.testing.assert_allclose(value, expected.pop(tensor), atol=atol, rtol=0, err_msg=tensor)
     assert not [tensor for tensor in expected if not tensor.endswith(".bias")]
+
+
+def test_the_text_model_of_gemma_4_with_values_of_its_own_comes_back(tmp_path):
+    """As llama.cpp's converter takes it from a model that reads images, too."""
+    golden, folder = GOLDEN / "gemma-4-images", tmp_path / "text"
+    text, config = open_text(golden), text_part(json.loads((golden / "config.json").read_text()))
+    expected = {name: text.read(name) for name in text.tensors}
+    folder.mkdir()
+    save_file(expected, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    file, config = write_of(folder, tmp_path / "m.gguf", GEMMA4)
+    out = convert(file, tmp_path / "out")
+    assert read_config(out) == from_hf(config)
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +119,16 @@ def test_what_ministral_3_does_not_scale_is_0_or_absent(tmp_path, value):
     expected = from_hf(config | {"rope_parameters": config["rope_parameters"] | off})
     assert expected != from_hf(config)
     assert read_config(convert(file, tmp_path / "out")) == expected
+
+
+@pytest.mark.parametrize("divisors", [[1.0, 2.0], [1e30, 1.0], [1e30, 1e30]])
+def test_other_divisors_of_gemma_4_are_refused(tmp_path, monkeypatch, divisors):
+    monkeypatch.setattr("gguf_of._factors_of", lambda _: {
+        "rope_freqs.weight": np.float32([*divisors, *[1e30] * 6])
+    })  # fmt: skip
+    file, _ = write_of(GOLDEN / "gemma-4", tmp_path / "m.gguf", GEMMA4)
+    with pytest.raises(GGUFError, match="has other numbers than 1 for the pairs"):
+        convert(file, tmp_path / "out")
 
 
 def test_every_family_is_tested():
@@ -133,6 +171,21 @@ def test_every_family_is_tested():
             "scaling.factor is 4",
         ),
         ("ministral-3", {"mistral3.attention.temperature_scale": -0.1}, "a positive number or 0"),
+        ("gemma-4", {"gemma4.attention.shared_kv_layers": 2}, "is 2: .* layers that use the keys"),
+        ("gemma-4", {"gemma4.embedding_length_per_layer_input": 256}, "is 256: .* embeddings of"),
+        ("gemma-4", {"gemma4.expert_count": 8}, "gemma4.expert_count is not supported"),
+        ("gemma-4", {"gemma4.attention.sliding_window_pattern": [True] * 6}, "expected one number"),
+        (
+            "gemma-4",
+            {
+                "gemma4.attention.sliding_window_pattern": [False, True] * 3,
+                "gemma4.attention.head_count_kv": 4,
+            },
+            "no gemma4",
+        ),
+        ("gemma-4", {"gemma4.attention.head_count_kv": [4, 4, 2, 4, 4]}, "expected one number"),
+        ("gemma-4", {"gemma4.attention.value_length_swa": 4}, "is 4, but keys have the size 8"),
+        ("gemma-4", {"gemma4.rope.scaling.type": "linear"}, "type is 'linear' and the tensors"),
     ],
 )
 def test_what_would_give_another_model_is_refused(tmp_path, name, own, message):

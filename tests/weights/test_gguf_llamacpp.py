@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_of import write_of
-from test_gguf_families import HEAD_SIZE, LIMIT, LLAMA3, NO_WINDOW
+from test_gguf_families import GEMMA4, HEAD_SIZE, LIMIT, LLAMA3, NO_WINDOW
 
 from selm_jax.weights.gguf import convert
 
@@ -44,6 +44,7 @@ CASES = {
     "gemma-1": {},
     "gemma-2": HEAD_SIZE,
     "gemma-3": HEAD_SIZE,
+    "gemma-4": GEMMA4,
 }
 LENGTHS = (40, 600)
 

@@ -1,4 +1,4 @@
-"""SentencePiece's BPE in a GGUF file, against its definition: the best pair first, leftmost."""
+"""BPE of SentencePiece and Gemma 4 in a GGUF file, by definition: the best pair first, leftmost."""
 
 import json
 import random
@@ -44,12 +44,12 @@ def tokenizer(folder):
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def by_definition(text: str) -> list[str]:
+def by_definition(text: str, scores: dict[str, float] = PIECES, first: str = "▁") -> list[str]:
     """The tokens of a text."""
-    symbols = list("▁" + text.replace(" ", "▁"))
+    symbols = list(first + text.replace(" ", "▁"))
     while True:
         pairs = [a + b for a, b in pairwise(symbols)]
-        known = [(-PIECES[pair], i) for i, pair in enumerate(pairs) if pair in PIECES]
+        known = [(-scores[pair], i) for i, pair in enumerate(pairs) if pair in scores]
         if not known:
             break
         _, i = min(known)
@@ -57,7 +57,7 @@ def by_definition(text: str) -> list[str]:
     return [
         token
         for symbol in symbols
-        for token in ([symbol] if symbol in PIECES else [f"<0x{b:02X}>" for b in symbol.encode()])
+        for token in ([symbol] if symbol in scores else [f"<0x{b:02X}>" for b in symbol.encode()])
     ]
 
 
@@ -67,6 +67,29 @@ def test_the_pair_with_the_best_score_is_merged_first(tokenizer, text):
     found = tokenizer.encode(text)
     assert found.tokens == ["<s>", *(by_definition(text) if text else [])]
     assert tokenizer.decode(found.ids) == text
+
+
+# The rank of a merge as a score; those with the lowest are not merged from others.
+GEMMA4 = {"▁": -9.0, "h": -9.0, "e": -9.0, "\n": -9.0, "▁h": -1.0, "he": -2.0, "\n\n": -3.0}
+
+
+def gemma4_keys(**own) -> dict:
+    merges = {"merges": ["▁ h", "h e", "\n \n"], "add_space_prefix": False}
+    return keys(**({"model": "gemma4", "tokens": MARKS + BYTES + list(GEMMA4)} | merges | own))
+
+
+@pytest.fixture(scope="module")
+def gemma4(tmp_path_factory, tiny_gguf):
+    path = tiny_gguf(tmp_path_factory.mktemp("gemma4") / "m.gguf", change=gemma4_keys())
+    return build_tokenizer(Fields(path, open_gguf(path)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(alphabet="he hehé\n", max_size=12))
+def test_gemma_4_merges_by_rank(gemma4, text):
+    found = gemma4.encode(text)
+    assert found.tokens == ["<s>", *(by_definition(text, GEMMA4, "") if text else [])]
+    assert gemma4.decode(found.ids) == text
 
 
 def test_marks_and_bos(tokenizer, folder):
@@ -100,6 +123,20 @@ def test_what_would_give_other_tokens_is_refused(tmp_path, tiny_gguf, own, messa
     path = tiny_gguf(tmp_path / "m.gguf", change=keys(**own))
     with pytest.raises(GGUFError, match=message):
         convert(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"merges": ["▁ h", "h e"]}, r"do not make the token '\\n\\n' of line ends"),
+        ({"add_space_prefix": True}, "add_space_prefix is set"),
+        ({"merges": ["▁ e"]}, "merges, row 0: '▁ e' uses or makes a token"),
+    ],
+)
+def test_a_tokenizer_like_gemma_4s_is_refused(tmp_path, tiny_gguf, own, message):
+    path = tiny_gguf(tmp_path / "m.gguf", change=gemma4_keys(**own))
+    with pytest.raises(GGUFError, match=message):
+        build_tokenizer(Fields(path, open_gguf(path)))
 
 
 def test_only_sentencepiece_has_blanks_in_its_tokens(tmp_path, tiny_gguf):

@@ -354,6 +354,43 @@ def test_arithmetic_and_hours_by_hand():
     assert w.updates == 0 and parts["train"].flop == 0  # 100 prompts are no global batch
 
 
+# Of all layers: the numbers that multiply a token, and the width of the heads. The parameters that
+# are read for a token are as published: 3.6 and 30.7 billion, the latter all.
+GPT_OSS = 24 * (2880 * (2 * 4096 + 2 * 512) + 2880 * 32 + 4 * 3 * 2880 * 2880), 24 * 64 * 64
+GEMMA_4 = (
+    5376 * (50 * (2 * 8192 + 2 * 4096) + 10 * (2 * 16_384 + 2048) + 60 * 3 * 21_504),
+    32 * (50 * 256 + 10 * 512),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "vocab", "read", "total"),
+    [
+        ("openai--gpt-oss-20b", GPT_OSS, 2880 * 201_088, 3.61e9, 20_914_757_184),
+        ("google--gemma-4-31B-it", GEMMA_4, 5376 * 262_144, 30.7e9, 30_697_345_340),
+    ],
+    ids=["gpt-oss-20b", "gemma-4-31B"],
+)
+def test_models_whose_layers_differ_are_planned_by_hand(name, numbers, vocab, read, total):
+    weights, heads = numbers
+    assert weights + vocab == pytest.approx(read, rel=2e-3)
+    e, _ = paper("llama3_8b", "training.row_length=3200")
+    facts = command.read_facts(ROOT / f"tests/golden/configs/{name}.json")
+    b = Blueprint(e, facts, here())  # without a rate, nothing is traced for hours
+    w = work.work_of(b, work.lengths_of(b, 300, 0, 200, 300), work.Assumed(mfu=0.5, mbu=0.25))
+    assert w is not None
+    parts = {part.name: part.flop for part in w.parts}
+    # The lengths, rows and slots are those of `test_arithmetic_and_hours_by_hand`.
+    prefill = 2 * 100 * 256 * weights + 4 * 100 * 256 * 256 * heads + 2 * 100 * vocab
+    assert parts["generate: prefill"] == prefill
+    decode = 2 * 100 * 300 * (weights + vocab) + 4 * 100 * 300 * 8192 * heads
+    assert parts["generate: decode"] == decode
+    forward = 2 * 64 * 3200 * weights + 4 * 64 * 3200 * 3200 * heads
+    assert parts["score"] == forward + 2 * 64 * 2000 * vocab
+    # A device of eight has an eighth of the parameters, but all of the norms and biases.
+    assert 1 <= shard_bytes(b.programs.abstract_params) / (4 * total / 8) <= 1.002
+
+
 def test_a_second_reference_scores_again_but_not_in_the_first_iteration():
     """With INPO the start model scores beside the policy before, unless they are one model."""
     read = paper("llama3_8b")[1]

@@ -37,6 +37,7 @@ from selm_jax.models.quantize import dequantize
 from selm_jax.models.rope import growth, rotate, rotations
 from selm_jax.models.sight import Sight
 from selm_jax.models.stacked import stack_names
+from selm_jax.parallel.rules import keep_rows
 
 Params = dict[str, Any]
 LAYER_SCALE = "layer_scale"  # a parameter of each layer that is never trained
@@ -132,6 +133,7 @@ class Block(nn.Module):
         kinds of layer, and `kind` is the index of this layer's kind.
         """
         c = self.config
+        x = keep_rows(x, self.mesh) if cache is None else x
 
         def before(name: str, x: Array) -> Array:
             return Norm(c, name=name)(x) if c.pre_norms else x

@@ -12,7 +12,6 @@ whose experts are the most wanted, except at that sum.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -28,14 +27,13 @@ from selm_jax.models.config import Clamp, DecoderConfig, Mixture
 from selm_jax.models.linear import weight
 from selm_jax.models.lora import Lora
 from selm_jax.models.mlp import ACTIVATIONS
+from selm_jax.parallel.rules import row_spec
 
 LOAD = "load"
 """The collection in which each layer leaves the experts chosen for each token, if it is mutable."""
 
 ROUTER = ("router", "router_bias")
 """The names of a router's parameters."""
-
-_ROWS = ("data", "fsdp")
 
 
 class Kernel(NamedTuple):
@@ -131,8 +129,7 @@ class Experts(nn.Module):
 
 def _on_mesh(computed: Any, mesh: Mesh, rows: int) -> Any:
     """The function with each device's rows and experts; kernels arrive sharded over `fsdp` too."""
-    # A batch that does not fill the devices is computed whole by each of them.
-    split = P(_ROWS) if rows % math.prod(mesh.shape[axis] for axis in _ROWS) == 0 else P()
+    split = row_spec(mesh, rows)
     return jax.shard_map(
         computed,
         mesh=mesh,

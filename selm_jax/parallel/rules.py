@@ -19,8 +19,9 @@ from selm_jax.parallel.mesh import MeshError
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
+ROWS = ("data", "fsdp")
 _SINGLE: Rules = {
-    "rows": ("data", "fsdp"),
+    "rows": ROWS,
     "layers": None,
     "embed": None,
     "vocab": None,
@@ -140,6 +141,23 @@ def row_shardings(batch: Any, mesh: Mesh, rules: Rules = TRAINING) -> Any:
         return partition("batch", axes, x.shape, mesh, rules)
 
     return jax.tree.map(of_array, batch)
+
+
+def row_spec(mesh: Mesh, rows: int) -> PartitionSpec:
+    """Cuts rows over the mesh; a batch that does not fill its devices is whole on each of them."""
+    ways = math.prod(mesh.shape[axis] for axis in ROWS)
+    return PartitionSpec(ROWS) if rows % ways == 0 else PartitionSpec()
+
+
+def keep_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Tells the compiler that an array within a program is cut by rows, its first axis.
+
+    Without it the compiler may cut the products of a layer along the axis over which weights are
+    sharded, and then each device holds the activations of all rows.
+    """
+    if mesh is None or mesh.size == 1 or not (spec := row_spec(mesh, x.shape[0])):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def place_rows(batch: Any, mesh: Mesh, rules: Rules = TRAINING) -> Any:

@@ -7,13 +7,15 @@ import math
 from functools import cache
 from pathlib import Path
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from selm_jax.models.config import Mixture
-from selm_jax.models.decoder import abstract_adapters, abstract_params
+from selm_jax.models.decoder import Decoder, abstract_adapters, abstract_params
 from selm_jax.models.families import read_config
 from selm_jax.models.lora import Lora
 from selm_jax.parallel.mesh import AXES, MeshError, decode_mesh, make_mesh
@@ -23,6 +25,7 @@ from selm_jax.parallel.rules import (
     TRAINING,
     check_preset,
     partition,
+    row_shardings,
     shardings,
 )
 
@@ -83,6 +86,24 @@ def test_rows_are_cut_over_data_and_fsdp():
     assert sharding.spec == PartitionSpec(("data", "fsdp"), None)
     mesh = make_mesh((1, 8, 1))
     assert partition("batch", ("rows",), (8,), mesh, TRAINING).spec == PartitionSpec("fsdp")
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_each_device_holds_the_activations_of_its_own_rows(tiny, remat):
+    config, mesh = tiny(), make_mesh((1, 8, 1))
+    abstract = abstract_params(config)
+    decoder = Decoder(config, remat=remat, mesh=mesh)
+
+    def loss(params, tokens):
+        positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
+        return decoder.apply({"params": params}, tokens, positions)[0].sum()
+
+    where = shardings(abstract, mesh, TRAINING)
+    rows = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    places = (where, row_shardings(rows, mesh))
+    gradients = jax.jit(jax.grad(loss), in_shardings=places, out_shardings=where)
+    text = gradients.lower(nn.unbox(abstract), rows).compile().as_text()
+    assert f"1,16,{config.mlp}]" in text and f"8,16,{config.mlp}]" not in text
 
 
 def test_what_cannot_be_cut_is_named(tiny):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -64,8 +66,16 @@ TINY = DecoderConfig(
     max_positions=2048,
     architecture="LlamaForCausalLM",
 )
+STARTED = time.monotonic()
 WHOLE = {Path(__file__).parent / name for name in ("parallel", "resume")}
 REAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--begin-within", type=float, default=math.inf, metavar="SECONDS",
+        help="skip the tests whose turn comes later than this after the start",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,6 +85,8 @@ def pytest_configure(config: pytest.Config) -> None:
     because most tests of these folders are slow. Compiled programs are kept in pytest's own cache,
     since many tests compile the same ones.
     """
+    if config.option.markexpr == "slow":
+        config.option.markexpr = "slow and not long"
     asked = any(argument.startswith("-m") for argument in config.invocation_params.args)
     if not asked and {Path(each).resolve() for each in config.args} <= WHOLE:
         config.option.markexpr = "not long and not gpu"
@@ -99,6 +111,8 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("libtpu") and not has_libtpu():
         pytest.skip("libtpu is not installed: pip install 'selm_jax[tpu]'")
+    if time.monotonic() - STARTED > item.config.option.begin_within:
+        pytest.skip("its turn came too late (--begin-within): run it by itself")
 
 
 @pytest.hookimpl(trylast=True)  # after the fixtures, which hold programs, too

@@ -18,6 +18,10 @@ from typer.testing import CliRunner
 from selm_jax.cli import app
 
 QUICK = ("selm report", "selm figures", "selm preview", "selm show")
+# Whole grids of the laboratory, even with two seeds; tests/lab has smaller ones.
+MINUTES = tuple(
+    f"selm lab {verb}" for verb in ("theory", "conditions", "regret", "compare", "why", "decoder")
+)
 STANDS_FOR = {"start=HuggingFaceTB/SmolLM2-135M-Instruct": "start=my/start"}
 FEWER = {"lab": ["--seeds", "2"]}  # for a verb, what makes it small; nothing else is added
 ALSO = [pages.Command("README.md", "selm show runs/quickstart")]  # in the text, not in a block
@@ -31,7 +35,10 @@ def marked(command: pages.Command):
     quick = (
         line(command).startswith(QUICK) or line(command) == "selm run experiments/quickstart.yaml"
     )
-    return pytest.param(command, marks=() if quick else pytest.mark.slow, id=ids(command))
+    marks = [] if quick else [pytest.mark.slow]
+    if line(command).startswith(MINUTES):
+        marks.append(pytest.mark.long)
+    return pytest.param(command, marks=marks, id=ids(command))
 
 
 RUNNABLE = {line(c): c for c in [*TYPED, *ALSO] if not line(c).startswith((*NEEDS, *RUN))}

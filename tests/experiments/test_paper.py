@@ -219,7 +219,14 @@ def test_the_warm_start_runs_tiny_from_the_command_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in TABLE if "warm_start" not in n])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if "iterative_dpo" in name else [])
+        for name in TABLE
+        if "warm_start" not in name
+    ],
+)
 def test_it_runs_tiny(name, tmp_path):
     run, said = tiny(name, tmp_path)
     check(run)

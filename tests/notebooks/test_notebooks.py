@@ -41,7 +41,10 @@ def one_device(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=[] if each == "quickstart" else pytest.mark.long) for each in NAMES],
+)
 def test_a_notebook_runs_on_a_tiny_model(name, tmp_path):
     model = str(tiny.make_model(tmp_path / "model"))
     shown = executed(name, tmp_path, MODEL=model, **SMALL)

@@ -7,7 +7,17 @@ import shutil
 import time
 from collections import Counter
 
+import pytest
 import runs
+
+# A shape of processes and devices, and how often it is killed: once in each stage, or at more
+# moments of it.
+KILLS = [
+    (runs.ONE, len(runs.ORDER)),
+    (runs.TWO, len(runs.ORDER)),
+    pytest.param(runs.ONE, 40, marks=pytest.mark.long),
+    pytest.param(runs.TWO, 40, marks=pytest.mark.long),
+]
 
 
 def kill(file, where, shape, kills, stages, *overrides, mirrors=None) -> str:

@@ -9,12 +9,12 @@ import signal
 
 import pytest
 import runs
-from killing import kill
+from killing import KILLS, kill
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("shape", "kills"), [(runs.ONE, 26), (runs.TWO, 26)])
+@pytest.mark.parametrize(("shape", "kills"), KILLS)
 def test_killed_runs_end_with_the_same_bytes(file, whole, shape, kills, tried):
     expected, stages = whole(shape)
     where = file.parent / f"killed-{shape[1]}"

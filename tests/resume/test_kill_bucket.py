@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import runs
-from killing import kill
+from killing import KILLS, kill
 
 from selm_jax.shell.storage import Store
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("shape", "kills"), [(runs.ONE, 40), (runs.TWO, 40)])
+@pytest.mark.parametrize(("shape", "kills"), KILLS)
 def test_killed_runs_in_a_bucket_end_with_the_bytes_of_a_local_run(
     file, whole, shape, kills, tried
 ):

@@ -12,8 +12,15 @@ import runs
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("shape", [runs.ONE, runs.TWO])
-@pytest.mark.parametrize("at", [(1, "generate"), (1, "train")])
+@pytest.mark.parametrize(
+    ("shape", "at"),
+    [
+        (runs.ONE, (1, "generate")),
+        pytest.param(runs.ONE, (1, "train"), marks=pytest.mark.long),
+        pytest.param(runs.TWO, (1, "generate"), marks=pytest.mark.long),
+        (runs.TWO, (1, "train")),
+    ],
+)
 def test_a_run_that_is_told_to_stop_saves_and_leaves_with_75(file, whole, shape, at, tried):
     """SIGTERM to one process stops all of them, after the same update."""
     expected, _ = whole(shape)
@@ -35,7 +42,7 @@ def test_a_run_that_is_told_to_stop_saves_and_leaves_with_75(file, whole, shape,
     assert not runs.differences(found, expected)
 
 
-@pytest.mark.parametrize("shape", [runs.ONE, runs.TWO])
+@pytest.mark.parametrize("shape", [runs.ONE, pytest.param(runs.TWO, marks=pytest.mark.long)])
 def test_a_run_that_is_told_to_stop_while_it_ranks_keeps_what_is_ranked(file, shape, tried):
     """SIGTERM to one process, in the second of four parts; no other prompt is asked about twice."""
     slow = ("feedback.ranker=slow_rule:length", "feedback.settings={workers: 0}")

@@ -58,7 +58,13 @@ SETTINGS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, id=name, marks=[pytest.mark.long] if "asked" in name else [])
+        for name, changes in SETTINGS.items()
+    ],
+)
 def test_the_same_run_with_one_model_left(tmp_path, changes, monkeypatch):
     """Also if it is stopped wherever a model is deleted, and started again."""
     iterate(Run(experiment(tmp_path, "all", **changes), QUIET))

@@ -99,6 +99,14 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("slow_except"):
+            if not any(word in item.name.partition("[")[2] for word in mark.args):
+                item.add_marker("slow")
+
+
 def pytest_collection_finish() -> None:
     """Takes what is imported now out of every later collection of garbage.
 

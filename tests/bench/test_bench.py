@@ -161,6 +161,7 @@ def test_a_batch_is_filled_unless_the_examples_are_counted():
     assert longer[:-1] == examples and len(assign_rows(longer, 96)) == 4
 
 
+@pytest.mark.slow
 def test_the_result_is_json_and_the_table_fits_in_60_columns(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     file = tmp_path / "bench.json"
@@ -216,6 +217,7 @@ def test_a_machine_that_is_not_quiet_is_called_so(times, said, result, capsys):
     assert ("not quiet" in capsys.readouterr().out) == said
 
 
+@pytest.mark.slow
 def test_on_cpu_the_limits_are_measured_around_each_step():
     watch = clock.Clock(limits.arithmetic(None, "float32"), limits.memory(None))
     times = watch.measure(lambda: None, 2)

@@ -113,6 +113,7 @@ def test_eval_heldout_gives_the_runs_own_numbers(run, tmp_path, monkeypatch):
             assert {name: measures[name] for name in names} == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_prompts_too_long_for_a_row_are_measured_as_far_as_they_can_be(run, tmp_path):
     """One whose answers fit a row only each alone is measured as in a longer row; one too long even
     for that has no KL, and changes no other prompt's."""

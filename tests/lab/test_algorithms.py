@@ -33,6 +33,7 @@ def small():
 # --- algorithms ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_except("oracle", "dpo_online", "selm_moving", "xpo", "best_of_4")
 @pytest.mark.parametrize("name", list(ZOO))
 def test_no_regret_is_negative_and_every_run_moves(name):
     algorithm = ZOO[name]

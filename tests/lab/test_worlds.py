@@ -15,6 +15,7 @@ from selm_jax.lab.worlds import (
 )
 
 
+@pytest.mark.slow_except("5", "None")
 @pytest.mark.parametrize("landscape", LANDSCAPES)
 @pytest.mark.parametrize("dimension", [None, 1, 5])
 def test_the_optimum_is_in_the_class(world, landscape, dimension):

@@ -198,6 +198,7 @@ def assert_alike(found, expected):
     jax.tree.map(near, found[1], expected[1])
 
 
+@pytest.mark.slow_except("gemma-2-none", "llama-full")
 @pytest.mark.parametrize("remat", REMAT)
 @pytest.mark.parametrize("facts", [{}, GEMMA], ids=["llama", "gemma-2"])
 def test_the_decoder_says_the_same_in_blocks(facts, remat, tiny, random_params):
@@ -223,6 +224,7 @@ def test_a_context_that_is_kept_is_not_computed_again(tiny, random_params):
     assert (loops("dots"), loops("full")) == (4, 6)
 
 
+@pytest.mark.slow_except("sizes1", "sizes2")
 @pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2), (1, 8, 1)])
 def test_on_a_mesh_each_device_visits_its_own_rows_and_heads(sizes, tiny, random_params):
     config, rng = tiny(**GEMMA), np.random.default_rng(0)

@@ -107,6 +107,7 @@ def assert_trees_close(a, b, atol=1e-4):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=atol), a, b)
 
 
+@pytest.mark.slow_except("True-none", "True-dots", "False-full", "False-mlp")
 @pytest.mark.parametrize("remat", REMAT)
 @pytest.mark.parametrize("scan", [True, False])
 def test_scanned_unrolled_and_every_remat_policy_agree(remat, scan, tiny, random_params):

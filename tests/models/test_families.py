@@ -123,6 +123,9 @@ def test_logits_are_those_of_transformers_live(name, parity, tmp_path):
     worst(parity, name, "live", ours, theirs)
 
 
+@pytest.mark.slow_except(
+    "llama-3.1", "gemma-2", "gemma-4", "gpt-oss", "qwen3-moe", "olmo-3", "phi-4-mini", "granite-3"
+)
 @pytest.mark.parametrize("name", FORMS)
 def test_padding_on_either_side_changes_nothing(name, parity):
     """A left-padded and a right-padded row beside each other; junk in the padding."""
@@ -140,6 +143,9 @@ def test_padding_on_either_side_changes_nothing(name, parity):
     worst(parity, name, "padded", ours, full_logits(name)[:, :length])
 
 
+@pytest.mark.slow_except(
+    "llama-3.1", "gemma-2", "gemma-4", "gpt-oss", "qwen3-moe", "olmo-3", "phi-4-mini", "granite-3"
+)
 @pytest.mark.parametrize("name", FORMS)
 def test_packed_trees_are_separate_sequences(name, parity):
     """Two trees in a row, their branches beyond position 1,000 in the first."""
@@ -166,6 +172,9 @@ def test_packed_trees_are_separate_sequences(name, parity):
             worst(parity, name, "packed", packed[0][mine], expected[i, :length])
 
 
+@pytest.mark.slow_except(
+    "llama-3.1", "gemma-2", "gemma-4", "gpt-oss", "qwen3-moe", "olmo-3", "phi-4-mini", "granite-3"
+)
 @pytest.mark.parametrize("name", FORMS)
 def test_prefill_and_cached_decoding_are_one_forward_pass(name, parity):
     config = config_of(name)

@@ -57,6 +57,7 @@ def test_only_a_quantised_base_needs_qwix(tiny, random_params, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, jax.jit(dequantize)(params), params)
 
 
+@pytest.mark.slow_except("all-full", "attention-none", "rslora-none")
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("name", LORAS)
 def test_adapters_and_merged_parameters_are_one_function_with_one_gradient(

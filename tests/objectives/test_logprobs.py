@@ -198,6 +198,7 @@ def on_mesh(mesh):
     return rows, rows, NamedSharding(mesh, P("tensor", "fsdp")), rows
 
 
+@pytest.mark.slow_except("sizes0-2.5", "sizes1-None", "sizes3")
 @pytest.mark.parametrize("cap", [None, 2.5])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1)])
 def test_a_mesh_gives_what_one_device_gives(sizes, cap):

@@ -210,6 +210,7 @@ def test_weights_of_eight_bits_take_a_quarter_and_are_the_runs_own(tiny_one):
     jax.tree.map(same, int8, decoding)
 
 
+@pytest.mark.slow
 def test_pairrm_stays_in_memory_and_is_ranked_with():
     e, read = paper("llama3_8b", "compute.decode_tensor=2", "training.rows=8")
     b = Blueprint(e, read, here())
@@ -227,6 +228,7 @@ def test_pairrm_stays_in_memory_and_is_ranked_with():
     assert all("PairRM" in phase.held for n, phase in by_name.items() if n != "rank")
 
 
+@pytest.mark.slow
 def test_all_models_of_a_mixture_are_planned_for(tmp_path):
     """A reward model reads beside PairRM, which stays; both take their time."""
     head = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
@@ -436,6 +438,7 @@ def test_an_evaluation_by_hand():
     assert tokens(2000, 1024) == (drawn + 2 * rows * 3200, drawn + rows * 3200)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_counted_as_it_is_done(tmp_path, monkeypatch):
     """Comparisons and packed batches of a tiny run, against its plan's."""
     file = experiment(

@@ -52,6 +52,7 @@ def same(a, b) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(values(a), values(b), strict=True))
 
 
+@pytest.mark.slow_except("sizes1", "sizes3")
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 4, 1), (1, 1, 1)])
 def test_a_state_is_restored_onto_any_mesh(state_on, sizes, tmp_path, tried):
     saved = state_on((1, 4, 2), 7)

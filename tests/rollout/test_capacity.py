@@ -120,6 +120,7 @@ def expected(on, all_logits, requests):
     return answers
 
 
+@pytest.mark.slow_except("False-8-2", "True")
 @pytest.mark.parametrize(("devices", "tensor"), [(1, 1), (8, 1), (8, 2)])
 @pytest.mark.parametrize("look", [False, True])
 def test_answers_do_not_depend_on_growing_and_shrinking(
@@ -164,6 +165,7 @@ def test_a_resized_cache_holds_the_same_tokens_and_the_old_one_is_gone(on):
         np.testing.assert_array_equal(x, was[:, :, :32])
 
 
+@pytest.mark.slow
 def test_the_kernels_for_tpus_give_the_same_answers(on, requests, expected):
     engine, params = on(8, 2)
     decoder = engine.decoder.clone(back_end="kernel", mesh=engine.mesh)

@@ -103,6 +103,7 @@ def teacher_forced(all_logits, decoder, params, requests, responses, sampling):
 # --- the same whatever the company -------------------------------------------------------------
 
 
+@pytest.mark.slow_except("3-1", "16-7")
 @pytest.mark.parametrize(("slots", "prefill_rows"), [(1, 4), (3, 1), (16, 7)])
 def test_slots_order_and_prefill_rows_change_nothing(slots, prefill_rows, world, answers):
     base, params = world()
@@ -392,6 +393,7 @@ def crowded(logits, t):
     return jnp.where(even | (t[:, None] > 2), logits - logits.mean(axis=0), -jnp.inf)
 
 
+@pytest.mark.slow
 def test_a_filter_leaves_answers_independent_of_slots_and_greedy_ones_alone(world, answers):
     base, params = world()
     warm = dataclasses.replace(WARM, filter=crowded)

@@ -46,6 +46,7 @@ def drawn_from(logits, s):
         return np.log(p / p.sum())
 
 
+@pytest.mark.slow_except("sampling2")
 @pytest.mark.parametrize(
     ("sampling", "slots", "most"),
     [

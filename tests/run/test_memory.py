@@ -169,6 +169,7 @@ def test_sizes_that_are_the_least_are_not_to_be_lowered(stage, told):
     assert told in found and "Lower" not in found and "Finished work is kept" in found
 
 
+@pytest.mark.slow_except("training")
 @pytest.mark.parametrize(
     "place, stage, now, then",
     [

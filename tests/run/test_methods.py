@@ -113,6 +113,7 @@ def test_a_loss_gets_the_rankers_scores_and_refuses_examples_without_them(tmp_pa
         plan_of(tiny.step_of(run, train, 1), tiny.stored(run, 1, "examples.parquet"))
 
 
+@pytest.mark.slow
 def test_ld_dpo_stores_the_shared_length_beside_whole_answers(tmp_path):
     run = run_of(tmp_path, "run", {"loss": "ld_dpo", "beta": 0.1, "ld_alpha": 0.3})
     iterate(run)
@@ -146,6 +147,7 @@ def with_bonus(folder, bonus, **changes):
     return Run(config.load(file), Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_copo_reads_the_bonus_from_a_column_of_the_data(tmp_path):
     run = with_bonus(tmp_path, lambda i: str(i / 4))  # a number that is stored as text is one
     iterate(run)

@@ -202,6 +202,7 @@ def test_the_server_answers_what_the_engine_here_would(serving, local, tmp_path,
     assert found == expected and len(found) == 16
 
 
+@pytest.mark.slow
 def test_a_run_starts_a_server_for_each_policy_and_ends_it(tmp_path):
     port = forked.free_port()
     file = tiny.experiment(

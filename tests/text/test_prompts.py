@@ -642,6 +642,7 @@ def test_quickstart_heldout_shares_no_five_words_with_train(quickstart):
     assert {p.id: grams(p) & seen for p in quickstart["heldout"] if grams(p) & seen} == {}
 
 
+@pytest.mark.slow
 def test_quickstart_prompts_are_not_alike(quickstart):
     everyone = [(p.id, " ".join(words(p))) for ps in quickstart.values() for p in ps]
     alike = []

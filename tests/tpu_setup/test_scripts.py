@@ -170,6 +170,7 @@ def test_a_request_that_failed_is_told_and_left_there(cloud):
     assert cloud.verbs() == ["create"]
 
 
+@pytest.mark.slow
 def test_a_worker_whose_installation_fails_is_named(cloud):
     cloud.play(fails={1: 99})
     done = cloud.script("watch", EXPERIMENT)
@@ -196,6 +197,7 @@ def test_ssh_that_does_not_answer_at_first_is_waited_for(cloud):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_the_watch_with_its_log(cloud):
     done = cloud.script("watch", EXPERIMENT, "fail=yes")
     assert done.returncode == 1
@@ -225,6 +227,7 @@ def test_a_worker_that_is_stuck_when_the_others_have_given_it_up_is_stopped(clou
     assert (cloud.worker(1) / "stuck").exists() and (cloud.worker(0) / "stopped").exists()
 
 
+@pytest.mark.slow
 def test_a_bucket_that_cannot_be_written_ends_the_watch_with_what_selm_says(cloud):
     cloud.write_settings(BUCKET="gs://not-mine")
     done = cloud.script("watch", EXPERIMENT)

@@ -110,6 +110,7 @@ def tokens_of(update, params, examples):
 # --- methods -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_except("dpo", "selm", "nash", "inpo", "sft", "ipo", "geb", "copo")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_method_trains_by_one_line_of_an_experiment(name, tiny, random_params):
     decoder, step = Decoder(tiny(layers=1)), optimizer("adamw", **SETTINGS)
@@ -564,6 +565,7 @@ def on_one_device(tiny, random_params):
     return decoder, params, run_on(make_mesh((1, 1, 1), jax.devices()[:1]), decoder, params)
 
 
+@pytest.mark.slow_except("sizes0", "sizes2-blocks")
 @pytest.mark.parametrize(
     ("sizes", "back_end"), [((1, 8, 1), "auto"), ((2, 2, 2), "auto"), ((1, 4, 2), "blocks")]
 )

@@ -522,6 +522,7 @@ def test_cut_anywhere_is_an_error_and_leaves_nothing(tmp_path, tiny_gguf):
     assert [f.name for f in tmp_path.iterdir()] == ["m.gguf"]
 
 
+@pytest.mark.slow
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -479,6 +479,7 @@ DECODING = alpaca.Decoding(max_new_tokens=5)
 
 
 class TestAnswers:
+    @pytest.mark.slow
     def test_what_the_official_package_takes(self, model, set_file, tmp_path):
         file = alpaca.answer(model, read_set(str(set_file)), tmp_path / "out", DECODING, "mine")
         rows = json.loads(file.read_text())

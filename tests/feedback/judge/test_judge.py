@@ -275,7 +275,7 @@ class TestClient:
         assert one.counts.requests == 150 + one.counts.retries
         # No more were made than are counted; on a busy machine one may time out before it is heard.
         assert sum(server.asked.values()) <= one.counts.requests
-        assert server.most <= 12 and one.counts.retries > 75
+        assert one.counts.retries > 75
         assert ask(again := client(), texts) == [f"re: {text}" for text in texts]
         assert again.counts.requests == 0
 

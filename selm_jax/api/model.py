@@ -23,6 +23,7 @@ from selm_jax.models.lora import merge
 from selm_jax.models.quantize import dequantize
 from selm_jax.objectives.roles import ROLES
 from selm_jax.policy.policy import Batches, Policy, numbered
+from selm_jax.policy.sizes import BatchSizes
 from selm_jax.preferences.candidates import Candidate
 from selm_jax.preferences.examples import Example
 from selm_jax.rollout.sampling import Filter, Sampling
@@ -249,15 +250,17 @@ class Model:
                 "this one"
             )
 
-    def _programs_of(self, task: Task, training: Settings, longest: int) -> Programs:
-        """The programs that a run would use to train this model with these settings."""
+    def _programs_of(
+        self, task: Task, training: Settings, longest: int, batches: BatchSizes | None
+    ) -> Programs:
+        """The programs that a run would use to train this model with these settings and sizes."""
         e = config.as_dict(self.experiment)
         training = e["training"] | training
         groups = {key: e[key] for key in ("model", "lora", "compute", "text", "rollout")}
         experiment = _experiment("selm.Trainer", **groups, training=training)
         return Programs(
             experiment, task, self._start.facts, Sizes(0, longest), self._policy.stop_ids,
-            self._devices,
+            self._devices, batches,
         )  # fmt: skip
 
     @property

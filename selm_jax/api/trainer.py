@@ -14,14 +14,16 @@ from selm_jax.api import losses
 from selm_jax.api.errors import ApiError
 from selm_jax.api.model import Model
 from selm_jax.api.pairs import Pairs
-from selm_jax.config import Training
+from selm_jax.config import Training, as_dict
 from selm_jax.models.config import DecoderConfig
 from selm_jax.objectives.losses import LossFunction, Objective
-from selm_jax.policy.sizes import LEAST
+from selm_jax.policy import sizes
+from selm_jax.policy.sizes import BatchSizes
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.layouts import ByLength, Layout, OneShape
 from selm_jax.preferences.packing import PreferenceBatch, Shape, pack
 from selm_jax.run.programs import Programs
+from selm_jax.run.sizes import facts_of_training
 from selm_jax.run.task import task_with
 from selm_jax.training.loop import TrainingError, mean_lengths, one_update
 from selm_jax.training.state import TrainState
@@ -53,8 +55,8 @@ class Trainer:
         eps: float = Training.eps,
         weight_decay: float = Training.weight_decay,
         clip: float | None = Training.clip,
-        remat: str = LEAST.remat,
-        logprob_chunk: int = LEAST.chunk,
+        remat: str = Training.remat,
+        logprob_chunk: int | str = Training.logprob_chunk,
         rows: int | None = None,
         row_length: int | None = None,
     ):
@@ -65,7 +67,8 @@ class Trainer:
           loss: `selm.loss("selm", beta=0.1, alpha=1e-3)`, a name without settings such as "sft", or
             a function `logps -> (losses, metrics)`, each an array `[pairs]` (see `Logps`).
           learning_rate: the learning rate of each update, without warm-up or decay.
-          optimizer, b1, b2, eps, weight_decay, clip, remat, logprob_chunk: as in `training`.
+          optimizer, b1, b2, eps, weight_decay, clip: as in `training`.
+          remat, logprob_chunk: as in `training`; "auto" chooses them from memory at the first step.
           rows, row_length: the rows of a packed batch and the tokens per row, as in `training`.
             None chooses them to fit the pairs.
 
@@ -104,10 +107,11 @@ class Trainer:
             "clip": clip, "remat": remat, "logprob_chunk": logprob_chunk,
         }  # fmt: skip
         self._size = (rows, row_length)
+        self._batches: BatchSizes | None = None
         self._compiled: dict[DecoderConfig, Programs] = {}
         self._shapes: dict[int, Shape] = {}
         self._moments: Any = None
-        self._programs(1)  # so that wrong settings fail here
+        self._draft(1)  # so that wrong settings fail here
 
     def step(self, pairs: Pairs) -> dict[str, float]:
         """Makes one update with the mean loss over all these pairs.
@@ -123,7 +127,10 @@ class Trainer:
         """
         self._check(pairs)
         examples = pairs.examples
-        programs = self._programs(max(len(e.prompt) + max(map(len, e.responses)) for e in examples))
+        longest = max(len(e.prompt) + max(map(len, e.responses)) for e in examples)
+        if self._batches is None:
+            self._batches = self._chosen(examples, longest)
+        programs = self._programs(longest)
         params = self.model._trained
         if self._moments is None:
             self._moments = TrainState.create(params, programs.optimizer).opt_state
@@ -150,8 +157,20 @@ class Trainer:
 
     def _programs(self, longest: int) -> Programs:
         """The compiled programs for sequences of up to `longest` tokens."""
-        made = self.model._programs_of(task_with(self.objective), self._settings, longest)
+        made = self._draft(longest)
         return self._compiled.setdefault(made.config, made)
+
+    def _draft(self, longest: int) -> Programs:
+        task = task_with(self.objective)
+        return self.model._programs_of(task, self._settings, longest, self._batches)
+
+    def _chosen(self, examples: tuple[Example, ...], longest: int) -> BatchSizes:
+        """The sizes of all steps, from the memory of a device and the first step's longest rows."""
+        draft, device = self._draft(longest), jax.local_devices()[0]
+        shape = next(iter(self._layout(draft)(examples))).shape
+        facts = facts_of_training(draft, shape.time, len(examples))
+        fixed = sizes.given(as_dict(draft.experiment)) | {"rows": shape.rows}
+        return sizes.choose(None, facts, sizes.room(device).bytes, device.platform, fixed)
 
     def _packed(
         self, examples: tuple[Example, ...], programs: Programs

@@ -19,6 +19,7 @@ from selm_jax.feedback.ranker import Ranker, batches_of
 from selm_jax.models.attention import holds_all_scores
 from selm_jax.models.config import DecoderConfig
 from selm_jax.parallel import multihost
+from selm_jax.parallel.mesh import platform_of
 from selm_jax.policy import sizes
 from selm_jax.policy.needs import generation
 from selm_jax.policy.sizes import KEYS, BatchSizes, Generation, Room, Training
@@ -146,10 +147,10 @@ def choose(draft: Programs, prompts: Sequence[int], heldout: int, room: Room) ->
       heldout: the number of held-out prompts.
       room: the memory of a device.
     """
-    e, platform = draft.experiment, draft.devices.mesh.devices.flat[0].platform
+    e, platform = draft.experiment, platform_of(draft.devices.mesh)
     fixed = sizes.given(as_dict(e))
     answers = _generation(draft, prompts, heldout) if draft.task.answers else None
-    training = _training(draft, platform)
+    training = _training(draft)
     found = sizes.choose(answers, training, room.bytes, platform, fixed)
     asked = "" if answers is None else f"{answers.told}, "
     because = f"{asked}rows of {training.length:,} tokens, {room.source}"
@@ -172,16 +173,28 @@ def _generation(draft: Programs, prompts: Sequence[int], heldout: int) -> Genera
     )  # fmt: skip
 
 
-def _training(draft: Programs, platform: str) -> Training:
+def _training(draft: Programs) -> Training:
     e = draft.experiment
     fixed = fixed_length(e.training.row_length)
     length = fixed or row_lengths(longest_example(e, draft.task, draft.sizes))[-1]
+    return facts_of_training(draft, length, e.training.global_batch)
+
+
+def facts_of_training(draft: Programs, length: int, examples: int) -> Training:
+    """The facts that the sizes of training depend on.
+
+    Args:
+      draft: the programs with any sizes.
+      length: the tokens of a row.
+      examples: the number of examples of an update.
+    """
+    e, platform = draft.experiment, platform_of(draft.devices.mesh)
     parts, itemsize = least_of_training(draft), jnp.dtype(draft.devices.dtype).itemsize
     held = sum(parts.values()) + parts["gradients"]  # a second tree while batches are added
     if draft.devices.row_ways > 1:  # shards are gathered
         held += itemsize * gathered(draft.config, draft.parameters)
     return Training(
-        draft.config, draft.devices.row_ways, length, e.training.global_batch, held, itemsize,
+        draft.config, draft.devices.row_ways, length, examples, held, itemsize,
         whole_scores=holds_all_scores(e.compute.attention, length, platform),
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from selm_jax.api.pairs import Pairs
 from selm_jax.config import ConfigError
 from selm_jax.iterate import iterate
 from selm_jax.objectives.losses import ObjectiveError
+from selm_jax.policy import sizes
 from selm_jax.policy.policy import PolicyError
 from selm_jax.preferences.batches import examples_of
 from selm_jax.preferences.candidates import FeedbackError
@@ -54,6 +55,7 @@ def test_its_updates_are_those_of_a_run_to_the_bit(tmp_path, lora):
     t = e.training
     trainer = selm.Trainer(
         model, loss=selm.loss("selm", **SELM), learning_rate=1e-3, remat=t.remat,
+        logprob_chunk=t.logprob_chunk,
         rows=t.rows, row_length=t.row_length,
     )  # fmt: skip
     for step in range(len(examples) // t.global_batch):
@@ -127,6 +129,20 @@ def test_devices_change_nothing_but_the_last_bits(folder, pairs, compute):
         a, b = trainer.step(pairs), others.step(pairs)
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("room", "remat", "chunk"), [(2**40, "none", 512), (0, "full", 32)])
+def test_what_an_update_stores_follows_from_memory(folder, pairs, monkeypatch, room, remat, chunk):
+    told = []
+    for settings in ({}, {"remat": "dots", "logprob_chunk": 16}):
+        monkeypatch.setattr(sizes, "room", lambda device: sizes.Room(room, "of a test"))
+        model = selm.load(folder)
+        trainer = selm.Trainer(model, loss="sft", learning_rate=1e-3, **settings)
+        told.append([trainer.step(pairs)["grad_norm"] for _ in range(2)])
+        batches = trainer._batches
+        expected = (remat, chunk) if not settings else ("dots", 16)
+        assert (batches.remat, batches.chunk) == expected
+    assert told[0] == pytest.approx(told[1], rel=1e-5)
 
 
 def test_samples_depend_on_the_seed_and_nothing_else(model):

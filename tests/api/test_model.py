@@ -119,6 +119,7 @@ def test_where_several_explore_their_mean_counts(model, answers):
     assert model.logps(pairs)["explore"][place] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow_except("compute1")
 @pytest.mark.parametrize("compute", [{"preset": "single"}, {"preset": "fsdp_tensor", "tensor": 2}])
 def test_devices_change_nothing_but_the_last_bits(folder, pairs, compute):
     model = selm.load(folder, compute=compute)

@@ -94,6 +94,7 @@ def test_the_packed_gradient_is_an_unbiased_one_of_the_exact_expectation(dw, mov
     assert abs(along.mean() - target) < 4 * along.std(ddof=1) / len(along) ** 0.5
 
 
+@pytest.mark.slow
 def test_a_run_repeats_itself_and_starts_at_the_reference(dw):
     settings = {"rounds": 2, "queries": 4, "updates": 2}
     one = decoder_world.run(dw, OBJECTIVE, **settings)

@@ -132,6 +132,7 @@ def asked(run, t, acquisition="random"):
     return tiny.pool(other, t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [1, 2])
 def test_a_budget_in_a_run(run, t):
     counts = json.loads((run.folder.iteration(t) / "stage.json").read_text())["rank"]["counts"]
@@ -148,6 +149,7 @@ def test_a_budget_in_a_run(run, t):
     assert counts["label_against_scores"] == against > 0
 
 
+@pytest.mark.slow
 def test_what_is_asked_is_what_the_acquisition_values_most(run):
     gap, again, by_entropy = (asked(run, 2, name) for name in ("reward_gap",) * 2 + ("entropy",))
     assert gap.asked == again.asked

@@ -276,6 +276,7 @@ def test_wrong_calls(run, tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
+@pytest.mark.slow
 def test_size_for_64_prompts_of_long_answers(make_run, tmp_path):
     folder = make_run(tmp_path / "big", prompts=64, words=300, updates=400)
     assert len(render([report_data(folder)]).encode()) < 3_000_000

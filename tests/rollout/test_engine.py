@@ -141,6 +141,7 @@ def test_seed_and_iteration_name_other_samples_but_not_other_greedy_answers(worl
         assert np.mean([a.tokens == b.tokens for a, b in pairs if not a.greedy]) < 0.3
 
 
+@pytest.mark.slow
 def test_parameters_cut_over_eight_devices_say_the_same(world, tiny, random_params, answers):
     base, _ = world()
     config = tiny()
@@ -155,6 +156,7 @@ def test_parameters_cut_over_eight_devices_say_the_same(world, tiny, random_para
 # --- the same as full forwards -----------------------------------------------------------------
 
 
+@pytest.mark.slow_except("None")
 @pytest.mark.parametrize("window", [None, 6])
 def test_every_token_is_the_one_a_full_forward_gives(
     window, world, all_logits, random_params, answers

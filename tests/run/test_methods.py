@@ -96,6 +96,7 @@ def test_inpo_refuses_to_run_with_one_reference(changed, tmp_path):
         check_objective(Run(config.load(file), Console(quiet=True)))
 
 
+@pytest.mark.slow
 def test_a_loss_gets_the_rankers_scores_and_refuses_examples_without_them(tmp_path):
     run = run_of(tmp_path, "run", METHODS[0])
     iterate(run)

@@ -31,6 +31,7 @@ def lines(run: Run) -> list[dict]:
     return [json.loads(line) for line in run.folder.metrics_file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_results_are_those_of_any_other_length(runs):
     fitted, fixed = (lines(run) for run in runs.values())
     assert len(fitted) == len(fixed)
@@ -46,6 +47,7 @@ def test_the_results_are_those_of_any_other_length(runs):
             np.testing.assert_allclose(a[key], b[key], rtol=2e-3, atol=2e-4, err_msg=key)
 
 
+@pytest.mark.slow
 def test_the_shape_is_in_the_report_and_has_less_padding(runs):
     counts = {}
     for name, run in runs.items():
@@ -60,6 +62,7 @@ def test_the_shape_is_in_the_report_and_has_less_padding(runs):
     assert sum(padded) == counts["auto"]["tokens_padded"]
 
 
+@pytest.mark.slow
 def test_started_again_it_has_nothing_to_do(runs):
     run = runs["auto"]
     before = run.folder.metrics_file.read_bytes()

@@ -242,6 +242,7 @@ class TestAnswers:
         monkeypatch.setattr(Model, "reply", spy)
         return found
 
+    @pytest.mark.slow
     def test_fastchats_format_and_two_turns(self, model, files, calls):
         questions = bench.read_questions(files.questions, unpublished=True)
         file = bench.answer(model, questions, files.folder, DECODING, "org/mine")

@@ -173,6 +173,7 @@ def test_what_is_asked_is_what_the_acquisition_values_most(run):
         assert sorted(np.argsort(values[name])[-5:].tolist()) == list(pool.asked)
 
 
+@pytest.mark.slow
 def test_a_design_in_a_run_reads_the_last_layer_at_the_end_of_each_answer(run):
     pool = asked(run, 2, "d_optimal")
     assert len(pool.asked) == 5 and pool.cost["acquisition/forward_tokens"] > 0
@@ -187,6 +188,7 @@ def test_a_design_in_a_run_reads_the_last_layer_at_the_end_of_each_answer(run):
         np.testing.assert_allclose(feature, hidden[0, -1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_in_the_first_iteration_there_is_no_gap(run):
     assert asked(run, 1, "reward_gap").asked == asked(run, 1).asked
     once, twice = (asked(run, t, "reward_gap").cost["acquisition/forward_tokens"] for t in (1, 2))

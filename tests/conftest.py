@@ -82,6 +82,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Lowers XLA's optimization level for quick tests, which then compile in half the time.
 
+    `-m slow` leaves out the slow tests that are also long: ask for those by `-m long`.
+
     Slow tests run what users run. `pytest tests/parallel tests/resume` includes the slow tests,
     because most tests of these folders are slow. Compiled programs are kept in pytest's own cache,
     since many tests compile the same ones.
@@ -104,7 +106,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         for mark in item.iter_markers("slow_except"):
-            if not any(word in item.name.partition("[")[2] for word in mark.args):
+            asked = f"{item.callspec.id}-"  # a word is the whole id, or its first parts
+            if not any(asked.startswith(f"{word}-") for word in mark.args):
                 item.add_marker("slow")
     if config.option.begin_within < math.inf:  # what is skipped should be what is rather known
         items.sort(key=lambda item: item.path.parent.name not in FIRST)
@@ -123,7 +126,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("libtpu") and not has_libtpu():
         pytest.skip("libtpu is not installed: pip install 'selm_jax[tpu]'")
     if time.monotonic() - STARTED > item.config.option.begin_within:
-        pytest.skip("its turn came too late (--begin-within): run it by itself")
+        pytest.skip(f"{item.nodeid} came too late (--begin-within): run it by itself")
 
 
 @pytest.hookimpl(trylast=True)  # after the fixtures, which hold programs, too

@@ -138,7 +138,8 @@ def stratified(
 
     The mean of the parts is the weighted mean, and their standard error is that of stratified
     sampling, in which only prompts within a stratum vary (Cochran, Sampling Techniques, 1977,
-    section 5.4).
+    section 5.4). An interval counts all prompts as equal, so it is too short if a stratum of few
+    prompts has a large share.
 
     Args:
       strata: the values of each stratum's prompts, of which there are at least two.

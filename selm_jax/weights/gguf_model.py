@@ -153,15 +153,13 @@ def read_config(fields: Fields, model: Gguf) -> Json:
 
 def _heads(k: Fields, hidden: int, family: Family) -> Heads:
     if family.heads is not None:
-        return family.heads(k)
+        found = family.heads(k)
+        _check_heads(k, *found[:3])
+        return found
     heads = k.size("attention.head_count")
     kv_heads = k.size("attention.head_count_kv", heads)
     head_dim = k.get("attention.key_length", int) or hidden // heads
-    if heads % kv_heads or head_dim % 2 or head_dim == 0:
-        raise GGUFError(
-            f"{k.path}: {heads} heads, {kv_heads} key/value heads, head size {head_dim}; "
-            f"the first must be a multiple of the second, and the head size must be even. {MEND}"
-        )
+    _check_heads(k, heads, kv_heads, head_dim)
     rotated = k.size("rope.dimension_count", head_dim)
     partly = family.partial and rotated < head_dim and rotated % 2 == 0
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -171,6 +169,14 @@ def _heads(k: Fields, hidden: int, family: Family) -> Heads:
                 f"only equal sizes (rope over the whole head) are supported. {MEND}"
             )
     return Heads(heads, kv_heads, head_dim, rotated)
+
+
+def _check_heads(k: Fields, heads: int, kv_heads: int, head_dim: int) -> None:
+    if heads % kv_heads or head_dim % 2 or head_dim == 0:
+        raise GGUFError(
+            f"{k.path}: {heads} heads, {kv_heads} key/value heads, head size {head_dim}; "
+            f"the first must be a multiple of the second, and the head size must be even. {MEND}"
+        )
 
 
 def _special_ids(fields: Fields, vocab_size: int) -> Json:

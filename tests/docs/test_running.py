@@ -1,7 +1,8 @@
 """The pages' commands run, word for word, where the pages' names stand for tiny things.
 
 `reader` is that folder: `experiments/quickstart.yaml` names a tiny model there, and `runs/dpo` is a
-copy of a tiny run. What takes longer than a few seconds is run by `pytest -m slow`.
+copy of a tiny run. What takes longer than a few seconds is run by `pytest -m slow`; whole grids
+of the laboratory by `pytest -m long`.
 """
 
 from __future__ import annotations

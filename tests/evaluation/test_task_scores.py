@@ -49,6 +49,15 @@ def test_a_score_fell_if_its_interval_is_on_the_wrong_side_of_the_start(shift, h
     assert last.startswith("capability guard: tasks/river/acc: worse than") == falls
 
 
+def test_a_perplexity_that_an_earlier_version_measured_as_one_number_is_not_compared():
+    rng = np.random.default_rng(2)
+    mine = rows(rng.gamma(9, size=12), measure="word_perplexity", higher=False)
+    start = [dataclasses.replace(mine[0], question=None, value=9.0)]
+    found = task_scores.summarize(mine, start)
+    assert "tasks/river/word_perplexity" in found and found["tasks/fallen"] == 0
+    assert "tasks/river/word_perplexity_change" not in found
+
+
 def test_right_and_wrong_answers_have_the_interval_of_shares():
     right = rows([1.0] * 20)
     found = task_scores.summarize(right, rows([1.0] * 20))

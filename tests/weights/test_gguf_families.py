@@ -184,6 +184,7 @@ def test_every_family_is_tested():
             "no gemma4",
         ),
         ("gemma-4", {"gemma4.attention.head_count_kv": [4, 4, 2, 4, 4]}, "expected one number"),
+        ("gemma-4", {"gemma4.attention.head_count": 3}, "3 heads, . key/value heads"),
         ("gemma-4", {"gemma4.attention.value_length_swa": 4}, "is 4, but keys have the size 8"),
         ("gemma-4", {"gemma4.rope.scaling.type": "linear"}, "type is 'linear' and the tensors"),
     ],

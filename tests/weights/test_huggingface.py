@@ -60,7 +60,7 @@ def folder(tmp_path, tiny, random_params):
     return tmp_path, config, dict(to_hf_tensors(random_params(config), config))
 
 
-@pytest.mark.slow_except("untied-bfloat16", "mistral", "wide", "tied-float32")
+@pytest.mark.slow_except("untied-bfloat16", "mistral", "wide heads", "tied-float32")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, jnp.float32) for name in CONFIGS), *(("untied", dtype) for dtype in DTYPES[1:])],
@@ -106,9 +106,7 @@ def written(params, config, folder, **options) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.slow_except(
-    "gpt-oss", "gemma-4-mesh", "phi-4-mini", "qwen3-moe", "llama-3.1", "mistral"
-)
+@pytest.mark.slow_except("gpt-oss", "gemma-4", "phi-4-mini", "qwen3-moe", "llama-3.1", "mistral")
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [

@@ -405,6 +405,7 @@ def test_the_papers_tasks_exist_with_their_shots():
         ("humaneval_instruct", "humaneval_instruct"),
         ("humaneval_infilling", "humaneval_multi_line_infilling"),
         ("nested", "humaneval"),
+        ("marks", "plain"),
         ("marked", "own"),
     ],
 )
@@ -421,7 +422,13 @@ def test_a_task_of_code_is_refused_before_its_metric_is_fetched(
     member = {"task": "humaneval", "num_fewshot": 0}
     of_code = {"include": str(there / "humaneval/humaneval.yaml"), "task": "own", "tag": "marked"}
     group = {"group": "nested", "task": [{"group": "inner", "task": [member]}]}
-    for name, written in (("own", of_code), ("nested", group)):
+    marks = {"group": "marks", "task": [{"task": "plain", "unsafe_code": True}]}
+    plain = {k: v for k, v in of_code.items() if k != "tag"} | {
+        "task": "plain",
+        "unsafe_code": False,
+    }
+    files = {"own": of_code, "nested": group, "marks": marks, "plain": plain}
+    for name, written in files.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(written))
     folders = [there / "humaneval", there / "humaneval_infilling", tmp_path]
     manager = TaskManager(include_path=folders, include_defaults=False)

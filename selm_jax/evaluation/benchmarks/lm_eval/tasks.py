@@ -110,7 +110,10 @@ def _files(asked: Any, manager: TaskManager) -> Iterator[tuple[str, Mapping[str,
         for each in asked:
             yield from _files(each, manager)
     elif isinstance(asked, dict):
-        yield from _files(asked.get("task", asked.get("group")), manager)
+        name = asked.get("task", asked.get("group"))
+        if isinstance(name, str):  # what is written here is handed down to the task
+            yield name, asked
+        yield from _files(name, manager)
     elif (entry := manager.task_index.get(asked)) is not None:
         file = entry.cfg or {"task": sorted(entry.tags)}  # a tag has no file
         yield asked, file

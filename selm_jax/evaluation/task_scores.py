@@ -125,9 +125,9 @@ def _parts(rows: Sequence[Row]) -> Float[np.ndarray, "1 questions"] | None:
     if rows[0].question is not None:
         return _values(rows)[None]
     members = [list(each) for _, each in groupby(rows[1:], lambda row: row.task)]
-    if not members or min(map(len, members)) < 2:
+    shares = [each[0].share for each in members if each[0].share is not None]
+    if not members or min(map(len, members)) < 2 or len(shares) < len(members):
         return None
-    shares = [each[0].share for each in members]
     return stratified([_values(each) for each in members], shares)[None]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,9 +30,11 @@ class Row:
     value: Float64  # the mean over a task's questions is its score, also where it is a perplexity
     higher_is_better: Bool | None  # None if the task does not say
     group: Text | None = dataclasses.field(default=None, metadata=ADDED)  # that was asked for
-    # The weight of the task in its group's aggregate; NaN if there is none of this measure.
-    share: Float64 = dataclasses.field(default=math.nan, metadata=ADDED)
-    stderr: Float64 = dataclasses.field(default=math.nan, metadata=ADDED)  # lm-eval's, of a group
+    # The weight of the task in its group's aggregate; None if there is none of this measure.
+    share: Float64 | None = dataclasses.field(default=None, metadata=ADDED)
+    stderr: Float64 | None = dataclasses.field(
+        default=None, metadata=ADDED
+    )  # lm-eval's, of a group
 
 
 SCHEMA = schema_of(Row)

@@ -118,7 +118,7 @@ def test_a_group_that_lost_everything_is_noticed_and_one_of_single_questions_has
     mine = group(wrong, (0.5, 0.5))
     found = task_scores.summarize(mine, group(right, (0.5, 0.5)))
     assert found["tasks/land/acc_change_high"] < 0 and found["tasks/fallen"] == 1
-    alone = group([[1.0], [0.0]], (0.5, 0.5), stderr=np.nan)
+    alone = group([[1.0], [0.0]], (0.5, 0.5), stderr=None)
     assert task_scores.summarize(alone, alone) == {"tasks/land/acc": 0.5, "tasks/fallen": 0}
 
 

@@ -369,10 +369,11 @@ def test_the_real_model_says_what_transformers_says(real, all_logits):
 
 @pytest.mark.slow
 def test_the_real_model_says_the_same_in_any_company(real):
-    """Slots and prefill rows do not change what a real model says.
+    """Order and neighbours change nothing; of other slots and prefill rows only the rounding does.
 
     Sums of other shapes are rounded differently, by about 1e-6 of a distribution's mass, and one of
-    a few hundred draws may be that close to the border of two tokens. With this seed none is.
+    a few hundred draws may be that close to the border of two tokens. Which ones are depends on the
+    processor. Until then both runs compute the same distributions.
     """
     _, decoder, params, prompts, stops = real
     requests = [Request(i, p, 1, 2) for i, p in enumerate(prompts[:6])]
@@ -381,9 +382,14 @@ def test_the_real_model_says_the_same_in_any_company(real):
         engine = Engine(decoder, Sampling(), slots, max(map(len, prompts)), 24, stops, prefill_rows)
         return engine.generate(params, requests, seed=2, iteration=1)
 
-    one = run(1, 1, requests)
-    assert run(5, 2, requests[::-1]) == one
-    assert run(16, 8, requests) == one
+    one = run(16, 8, requests)
+    assert run(16, 8, requests[::-1]) == one
+    for other in (run(5, 2, requests), run(1, 1, requests)):
+        assert sum(a != b for a, b in zip(one, other, strict=True)) <= 2
+        for a, b in zip(one, other, strict=True):
+            tokens = zip(a.tokens, b.tokens, strict=False)
+            same = next((i for i, (x, y) in enumerate(tokens) if x != y), None)
+            np.testing.assert_allclose(a.logps[:same], b.logps[:same], atol=1e-4)
 
 
 # --- a filter of the user's --------------------------------------------------------------------

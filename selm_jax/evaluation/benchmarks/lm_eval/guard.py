@@ -7,7 +7,6 @@ those of lm-eval are installed with it, and those of `evaluation.task_folder` ar
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -139,10 +138,10 @@ def _of_group(group: Any, results: Mapping[str, Any]) -> Iterator[Row]:
             yield Row(
                 group.name, _label(key), None, "", float(total[key]),
                 better.pop() if len(better) == 1 else None, group.name,
-                stderr=math.nan if stderr == "N/A" else float(stderr),
+                stderr=None if stderr == "N/A" else float(stderr),
             )  # fmt: skip
         for name, row in mine:
-            yield replace(row, group=group.name, share=shares.get((name, key), math.nan))
+            yield replace(row, group=group.name, share=shares.get((name, key)))
 
 
 def _shares(

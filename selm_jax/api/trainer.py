@@ -183,8 +183,7 @@ class Trainer:
         rows, row_length = self._size
         if rows is not None and row_length is not None:
             return OneShape(rows, row_length)
-        mesh = programs.devices.mesh
-        return ByLength(mesh.shape["data"] * mesh.shape["fsdp"], _TOKENS, programs.config.heads)
+        return ByLength(programs.devices.row_ways, _TOKENS, programs.config.heads)
 
     def _grown(self, shape: Shape) -> Shape:
         """Enlarges a batch's shape to the largest one so far, so that few shapes are compiled."""

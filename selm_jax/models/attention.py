@@ -27,6 +27,7 @@ from selm_jax.config.kinds import AttentionBackEnd
 from selm_jax.models.attention_blocks import blockwise
 from selm_jax.models.sight import Sight
 from selm_jax.parallel.mesh import platform_of
+from selm_jax.parallel.rules import ROWS
 
 # Number of tokens of a row from which `auto` leaves out blocks that no query sees. On CPU, this is
 # faster from this length on (docs/performance.md). Elsewhere nothing has been timed, and the reason
@@ -78,7 +79,7 @@ def attention(
 
     if mesh is not None and mesh.size > 1:
         # Each device decides from its own rows which blocks to visit.
-        rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor")
+        rows, heads = P(ROWS), P(ROWS, None, "tensor")
         key_position = P() if sight.place is not None else rows  # of a cache it is the same for all
         computed = jax.shard_map(
             computed,

@@ -264,7 +264,7 @@ def expert_counts(
     weight: Float[Array, "rows time"],
     mixture: Mixture,
 ) -> Float[Array, "layers experts"]:
-    """How many tokens each expert of each layer computes; `weight` is 0 for padding, else 1."""
+    """Counts the tokens of each expert of each layer; `weight` is 0 for padding, else 1."""
     layers = chosen.shape[0]
     weights = jnp.broadcast_to(weight[None, ..., None], chosen.shape).reshape(layers, -1)
     zeros = jnp.zeros(mixture.experts, jnp.float32)
@@ -272,7 +272,7 @@ def expert_counts(
 
 
 def load_metrics(counts: Float[Array, "layers experts"]) -> dict[str, Float[Array, ""]]:
-    """How evenly the experts are used.
+    """Measures how evenly the experts are used.
 
     Returns:
       experts/load_max: tokens of a layer's most used expert, relative to an even load (1); the mean

@@ -51,7 +51,7 @@ TRAINING = PRESETS["fsdp_tensor"]
 DECODE: Rules = {
     **{axis: None for axis in _SINGLE if axis != "rows"},
     **_TENSOR,
-    "slots": ("data", "fsdp"),
+    "slots": ROWS,
 }
 
 

@@ -32,9 +32,8 @@ class Row:
     group: Text | None = dataclasses.field(default=None, metadata=ADDED)  # that was asked for
     # The weight of the task in its group's aggregate; None if there is none of this measure.
     share: Float64 | None = dataclasses.field(default=None, metadata=ADDED)
-    stderr: Float64 | None = dataclasses.field(
-        default=None, metadata=ADDED
-    )  # lm-eval's, of a group
+    # lm-eval's, of a group.
+    stderr: Float64 | None = dataclasses.field(default=None, metadata=ADDED)
 
 
 SCHEMA = schema_of(Row)

@@ -109,7 +109,7 @@ def test_its_verb_and_its_options_exist(command):
     "command", [c for c in TYPED if re.search(r"selm (run|preview|plan|sweep) ", c.text)], ids=ids
 )
 def test_its_settings_exist(command):
-    """As far as the experiment is one of the repository's."""
+    """This is checked where the experiment is one of the repository's."""
     verb, rest = verb_of(command.words())
     given = verb.make_context(verb.name, list(rest)).params
     file = Path(given.get("experiment") or given.get("file"))

@@ -50,7 +50,7 @@ def one_tree(rows: int, time: int) -> Sight:
 
 
 def kinds_of_blocks(sight: Sight, block: int) -> dict[str, int]:
-    """How many of a causal row's blocks are skipped, and of the visited how many hide something."""
+    """Counts a causal row's blocks that are skipped, and visited ones that hide something."""
     rows, time = sight.position.shape
     n = -(-time // block)
     mask = np.zeros((rows, n * block, n * block), bool)

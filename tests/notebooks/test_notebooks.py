@@ -20,7 +20,7 @@ def read(name: str) -> nbformat.NotebookNode:
 
 
 def executed(name: str, folder: Path, **changes) -> str:
-    """What the notebook shows as text, with other values in its cell of parameters."""
+    """Returns what the notebook shows as text, with other values in its cell of parameters."""
     notebook = read(name)
     (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
     known = dict(line.split(" = ", 1) for line in cell.source.splitlines())

@@ -603,8 +603,10 @@ class TestJudge:
     def test_through_the_package_it_is_the_same(
         self, judge, tmp_path, set_file, model, monkeypatch
     ):
-        """The same requests with the package's own prompt, and the same preferences; from the file
-        that our answers are written to."""
+        """The package sends the same requests, with its own prompt, and gets the same preferences.
+
+        It reads the file that our answers are written to.
+        """
         pytest.importorskip("alpaca_eval")
         monkeypatch.setenv("OPENAI_API_KEY", "none")
         monkeypatch.setenv("OPENAI_BASE_URL", judge.url)

@@ -230,7 +230,7 @@ DECODING = bench.Decoding(max_new_tokens=5)
 class TestAnswers:
     @pytest.fixture
     def calls(self, monkeypatch):
-        """What the model is asked."""
+        """Records what the model is asked."""
         found = []
         answer = Model.reply
 
@@ -758,7 +758,7 @@ class TestVerb:
         assert len(judge.bodies) == 20
 
     def test_an_empty_last_line_is_no_judgment(self, judge, files):
-        """As one published file has it."""
+        """One published file ends with such a line."""
         judge.says = lambda body: f"[[{1 + len(body['messages'][1]['content']) % 10}]]"
         assert self.verb(files, judge, "--answers", files.one).exit_code == 0
         file = files.folder / "model_judgment/the--judge_single.jsonl"

@@ -48,9 +48,9 @@ _REMATS: tuple[Remat, ...] = get_args(Remat)
 
 _MOST_SLOTS = 256  # of a copy of the model; beyond that a step takes longer in proportion
 _STEP = 32  # a decoding step costs as much as this many slots, whatever the slots
-# Tokens of a batch on a device with which its matrix products reach nearly their full speed.
-_BUSY = {"cpu": 1024}
-_BUSY_ELSEWHERE = 8192
+# Tokens of a batch on a device with which its matrix products reach nearly their full speed. Each
+# batch of training also adds gradients, which takes a smaller share of a larger batch.
+_PREFILL, _TRAIN, _ELSEWHERE = {"cpu": 1024}, {"cpu": 2048}, 8192
 _CHUNK = 512  # tokens on a device whose logits are computed at once
 
 
@@ -246,12 +246,13 @@ def choose(
       training: None if the model is not trained.
       fixed: sizes that are not to be chosen.
     """
-    busy = _BUSY.get(platform, _BUSY_ELSEWHERE)
     sizes = dataclasses.replace(LEAST, **fixed)
     if generation is not None:
+        busy = _PREFILL.get(platform, _ELSEWHERE)
         sizes = _for_generation(generation, room - generation.held, busy, sizes, fixed)
     if training is None:
         return sizes
+    busy = _TRAIN.get(platform, _ELSEWHERE)
     return _for_training(training, room - training.held, busy, sizes, fixed)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.layouts import (
+    BATCH,
     ByLength,
     OneShape,
     Trees,
@@ -108,33 +110,53 @@ def test_lengths_are_few_and_hold_what_they_are_for():
 # The row length of training
 
 
-def positions(updates, rows: int, time: int) -> int:
-    """The places of all batches of all updates, counted by packing them."""
+def batches(updates, rows: int, time: int) -> int:
+    """The number of batches of all updates, counted by packing them."""
     shape = Shape(rows, time, scored=time, segments=64, branches=4)
-    return sum(len(pack(update, shape)) for update in updates) * rows * time
+    return sum(len(pack(update, shape)) for update in updates)
+
+
+def cost(updates, rows: int, time: int) -> int:
+    """The places of all batches, each with as many more as reading the model costs."""
+    return batches(updates, rows, time) * (rows * time + BATCH)
 
 
 @pytest.mark.parametrize(
     ("rows", "ways", "count", "most"), [(4, 1, 12, 300), (8, 4, 40, 1500), (2, 2, 9, 90)]
 )
-def test_no_other_shape_with_as_few_batches_has_less_padding(rows, ways, count, most):
+def test_no_other_shape_with_as_few_batches_costs_less(rows, ways, count, most):
     for seed in range(3):
         updates = [spread(count, most, seed), spread(count, most, seed + 10)]
         longest = max(e.tokens for update in updates for e in update)
         lengths = row_lengths(longest)
         assert longest <= lengths[0] < longest + lengths.step and lengths[-1] <= 2 * longest
         found = least_padding(updates, lengths, rows=rows, ways=ways)
-        most_batches = positions(updates, rows, lengths[0]) // (rows * lengths[0])
-        places = {
-            (of, n): positions(updates, of, n)
+        most_batches = batches(updates, rows, lengths[0])
+        allowed = {
+            (of, n): cost(updates, of, n)
             for of in range(ways, rows + 1, ways)
             for n in lengths
-        }
-        allowed = {
-            (of, n): found for (of, n), found in places.items() if found // (of * n) <= most_batches
+            if batches(updates, of, n) <= most_batches
         }
         assert found in allowed and allowed[found] == min(allowed.values())
         assert found == least_padding(updates, lengths, rows=rows, ways=ways)
+
+
+@pytest.mark.parametrize(("rows", "count", "most"), [(4, 9, 300), (2, 48, 90), (1, 30, 1500)])
+def test_scored_rows_are_fitted_to_their_examples(rows, count, most):
+    """Rows were as long as the longest example, so that a row of a run had one example in it."""
+    examples = spread(count, most)
+    ((_, shape),) = OneShape(rows, None)(examples)
+    lengths = row_lengths(max(e.tokens for e in examples))
+    least = min(lengths, key=lambda n: (cost([examples], rows, n), n))
+    assert (shape.rows, shape.time) == (rows, least)
+
+
+def test_a_row_length_for_many_examples_is_chosen_by_some():
+    """All are packed once, and the longest fits wherever it stands."""
+    examples = [*spread(2000, 90), *spread(1, 400, seed=3)]
+    ((which, shape),) = OneShape(2, None)(examples)
+    assert len(which) == 2001 and shape.time >= max(e.tokens for e in examples)
 
 
 @pytest.mark.parametrize("longest", [1, 31, 100, 511, 512, 513, 3084, 4096, 4097, 8192, 100_000])
@@ -169,6 +191,6 @@ def test_at_least_85_of_100_positions_are_useful_in_the_papers_batches(rows, way
     useful = sum(e.tokens for update in updates for e in update)
     lengths = row_lengths(max(e.tokens for update in updates for e in update))
     found = least_padding(updates, lengths, rows=rows, ways=ways)
-    assert useful >= 0.85 * positions(updates, *found)
+    assert useful >= 0.85 * batches(updates, *found) * math.prod(found)
     if rows == 32:  # what a row of the longest example would give
-        assert useful < 0.8 * positions(updates, rows, lengths[0])
+        assert useful < 0.8 * batches(updates, rows, lengths[0]) * rows * lengths[0]

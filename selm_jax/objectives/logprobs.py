@@ -262,16 +262,18 @@ def _own_cut(w: Array, mesh: Mesh | None) -> tuple[Float[Array, "v d"], Any]:
 
 
 def _chunk(asked: int, targets: Int[Array, "r p"], mesh: Mesh | None) -> int:
-    """The number of tokens per row in one chunk.
+    """The number of tokens per row in one chunk: at most what is asked, and as few as there are.
 
     An accelerator reads the unembedding for every chunk, so with few tokens it would wait for its
-    memory.
+    memory. Chunks share the tokens evenly, in multiples of 8: with 140 tokens in chunks of 128, the
+    second one would be nearly empty.
     """
     rows, p = targets.shape
     if platform_of(mesh) != "cpu":
         own = rows if mesh is None else rows // (mesh.shape["data"] * mesh.shape["fsdp"])
         asked = max(asked, -(-DEVICE_CHUNK // own))
-    return min(asked, p)
+    even = -(-p // -(-p // asked))
+    return min(asked, p, -(-even // 8) * 8)
 
 
 def _whole_chunks(x: Array, chunk: int) -> Array:

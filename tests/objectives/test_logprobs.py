@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from selm_jax.objectives.logprobs import token_logprobs, token_statistics
+from selm_jax.objectives.logprobs import _chunk, token_logprobs, token_statistics
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.plan.topology import target
 
@@ -137,6 +137,17 @@ def test_the_whole_logits_never_exist():
 
     assert largest(plain) == rows * scored * vocab  # the test sees what it looks for
     assert largest(partial(token_logprobs, chunk=chunk)) == rows * chunk * vocab
+
+
+@pytest.mark.parametrize("asked", [1, 7, 32, 128, 256])
+def test_chunks_are_as_few_as_asked_for_and_share_the_tokens_evenly(asked):
+    """140 tokens were padded to 256, two chunks of 128, and most of the second was computed."""
+    for p in range(1, 400):
+        chunk = _chunk(asked, jnp.zeros((1, p), jnp.int32), None)
+        count = -(-p // chunk)
+        assert chunk <= asked and count == -(-p // asked)
+        assert count * chunk - p < 8 * count
+    assert _chunk(128, jnp.zeros((4, 140), jnp.int32), None) == 72
 
 
 def test_compiled_memory_is_a_chunks_not_the_batchs():

@@ -40,7 +40,6 @@ from selm_jax.text.chat import Chat
 from selm_jax.training.optimizer import optimizer
 from selm_jax.training.scoring import Scorer
 from selm_jax.training.update import Shardings, Update, make_update
-from selm_jax.weights import peft
 from selm_jax.weights.huggingface import load
 from selm_jax.weights.sources import resolve
 
@@ -83,7 +82,6 @@ class Programs:
         """Shapes, dtypes and shardings of the trained parameters: the adapters, or all of them."""
         if self.lora is None:
             return self.abstract_params
-        peft.check(self.config, self.lora)
         return self._placed(abstract_adapters(self.config, self.lora), "float32")
 
     def _placed(self, boxed: Params, dtype: str) -> Params:

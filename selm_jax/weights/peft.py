@@ -12,9 +12,9 @@ from flax.traverse_util import flatten_dict
 
 from selm_jax.models.config import DecoderConfig
 from selm_jax.models.decoder import Params
-from selm_jax.models.lora import TARGETS, Lora, LoraError
+from selm_jax.models.lora import Lora
 from selm_jax.weights.files import stored_like, write_file
-from selm_jax.weights.names import Tensor, in_one_tensor, tensors
+from selm_jax.weights.names import Tensor, in_one_tensor
 from selm_jax.weights.saving import fetch
 
 
@@ -36,6 +36,9 @@ def export_adapter(
     module, as in the published files. Versions of transformers that hold all experts as one
     parameter have no such modules.
 
+    Where the files store all experts of a layer as one tensor (gpt-oss), PEFT adapts that
+    parameter, for which it needs version 0.17 or later: `target_parameters` names it.
+
     Args:
       adapters: the parameters of the adapters.
       config: the base model's config.
@@ -45,23 +48,23 @@ def export_adapter(
       folder: None for processes that only contribute their shards of the adapters.
       revision: the commit of a Hub id.
       inside: whether the base is a multi-modal model, whose text model has the adapters.
-
-    Raises:
-      LoraError: as for `check`.
     """
-    check(config, lora)
     flat = flatten_dict(adapters)
     stored: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    for parts in in_one_tensor(config):
-        count = len([p for p in parts if _has(p, lora)])
-        if not count:
-            continue
-        module = parts[0].name.removesuffix(".weight")
-        ranks[module.rpartition(".")[2]] = lora.rank * count
+    adapted = [parts for parts in in_one_tensor(config) if any(_has(p, lora) for p in parts)]
+    parameters = [parts[0].name for parts in adapted if parts[0].inputs is None]
+    parameters.sort(key=lambda name: name.endswith("down_proj"))  # as transformers' class has them
+    for parts in adapted:
+        whole = parts[0].name.removesuffix(".weight")
+        ranks[whole.rpartition(".")[2]] = lora.rank * len([p for p in parts if _has(p, lora)])
         for layer in parts[0].layers or ():
-            pairs = _pairs(parts, flat, layer, lora)
-            for name, (a, b) in zip(parts[0].names(layer), pairs, strict=True):
+            if whole in parameters:
+                names = [_wrapper(whole, parameters).format(layer)]
+                pairs = [_of_all(parts, flat, layer, lora)]
+            else:
+                names, pairs = parts[0].names(layer), _pairs(parts, flat, layer, lora)
+            for name, (a, b) in zip(names, pairs, strict=True):
                 name = name.removesuffix(".weight")
                 if inside:
                     name = name.replace("model.", "model.language_model.", 1)
@@ -74,6 +77,8 @@ def export_adapter(
     folder.mkdir(parents=True)
     entries = {name: stored_like(x.shape, x.dtype) for name, x in stored.items()}
     write_file(folder / "adapter_model.safetensors", entries, iter(stored.items()))
+    fused = {name.partition("{}.")[2] for name in parameters}
+    modules = sorted(ranks.keys() - {name.rpartition(".")[2] for name in parameters})
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -84,9 +89,8 @@ def export_adapter(
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         # A regular expression if a model for images has modules of the same names.
-        "target_modules": rf".*\.language_model\..*\.({'|'.join(sorted(ranks))})"
-        if inside
-        else sorted(ranks),
+        "target_modules": rf".*\.language_model\..*\.({'|'.join(modules)})" if inside else modules,
+        **({"target_parameters": sorted(fused)} if fused else {}),
         "rank_pattern": {m: ranks[m] for m in grown},
         "alpha_pattern": {
             m: lora.alpha * (math.sqrt(n) if lora.rslora else n) for m, n in grown.items()
@@ -97,25 +101,47 @@ def export_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def check(config: DecoderConfig, lora: Lora) -> None:
-    """Raises LoraError if adapters are asked for experts that are one tensor.
-
-    PEFT has no module for such experts. `lora.experts` is no way out, so this refuses targets that
-    match them before `abstract_adapters` would recommend it.
-    """
-    for row in tensors(config).values():
-        place = row.kernel.replace("experts/", "mlp/")  # the kernel of an MLP whose place it takes
-        if row.inputs is None and place in TARGETS and (lora.experts or lora.adapts(place)):
-            raise LoraError(
-                f"lora.targets is {lora.targets!r} and lora.experts {str(lora.experts).lower()}, "
-                f"but this model stores all experts of a layer as one tensor "
-                f"({row.name.format(0)}), for which the export has no adapters. Set lora.targets: "
-                "self_attn and lora.experts: false, which adapts attention alone"
-            )
-
-
 def _has(row: Tensor, lora: Lora) -> bool:
     return row.layers is not None and lora.adapts(row.kernel)
+
+
+def _wrapper(whole: str, parameters: list[str]) -> str:
+    """The module in PEFT that adapts the parameter `whole`.
+
+    PEFT wraps the module of the parameters once for each of them, in the order in which the module
+    has them, which is that of `parameters`: the last one is outside.
+    """
+    around = len(parameters) - 1 - parameters.index(whole)
+    return whole.rpartition(".")[0] + around * ".base_layer"
+
+
+def _of_all(
+    parts: list[Tensor], flat: dict, layer: int, lora: Lora
+) -> tuple[np.ndarray, np.ndarray]:
+    """The adapter matrices of a tensor [experts, in, out] that stores all experts of a layer.
+
+    PEFT has A as [experts * rank, in], expert by expert, and B as [out, rank * experts], in which
+    neighbours are of different experts.
+    """
+    adapted = [row for row in parts if _has(row, lora)]
+    a_parts, b_parts = [], []
+    for row in adapted:
+        a, b = _halves(row, flat, layer)
+        b_parts.append(np.zeros((*b.shape[:-1], row.of * b.shape[-1]), np.float32))
+        b_parts[-1][..., row.first :: row.of] = b  # parameters alternate along the outputs
+        a_parts.append(a)
+    a, b = np.concatenate(a_parts, axis=2), np.concatenate(b_parts, axis=1)
+    experts, inputs, rank = a.shape
+    a = a.transpose(0, 2, 1).reshape(experts * rank, inputs)
+    b = b.transpose(2, 1, 0).reshape(-1, rank * experts)
+    return np.ascontiguousarray(a), np.ascontiguousarray(b)
+
+
+def _halves(row: Tensor, flat: dict, layer: int) -> list[np.ndarray]:
+    """A and B of one layer of a kernel, as the adapters have them."""
+    *where, kernel = row.path
+    both = (fetch(flat[(*where, f"{kernel}_{half}")], row.at(layer)) for half in "ab")
+    return [np.asarray(x, np.float32) for x in both]
 
 
 def _pairs(
@@ -126,11 +152,7 @@ def _pairs(
     Where each expert is a stored tensor, these are those of one expert after the other.
     """
     adapted = [row for row in parts if _has(row, lora)]
-    halves = {}
-    for row in adapted:
-        *where, kernel = row.path
-        both = (fetch(flat[(*where, f"{kernel}_{half}")], row.at(layer)) for half in "ab")
-        halves[row.path] = [np.asarray(x, np.float32) for x in both]
+    halves = {row.path: _halves(row, flat, layer) for row in adapted}
     for expert in range(parts[0].experts or 1):
         a_rows, b_blocks = [], []
         for row in parts:

@@ -15,10 +15,10 @@ from safetensors import safe_open
 
 from selm_jax.models.decoder import Decoder, abstract_adapters
 from selm_jax.models.families import read_config
-from selm_jax.models.lora import Lora, LoraError, init, merge
+from selm_jax.models.lora import Lora, init, merge
 from selm_jax.weights.huggingface import load, to_hf_tensors
 from selm_jax.weights.multimodal import is_in
-from selm_jax.weights.peft import check, export_adapter
+from selm_jax.weights.peft import export_adapter
 
 FAMILIES = Path(__file__).parents[1] / "golden" / "families"
 
@@ -40,6 +40,28 @@ FAMILIES = Path(__file__).parents[1] / "golden" / "families"
     ],
 )  # fmt: skip
 def test_peft_gives_our_logits(name, lora, all_logits, tmp_path):
+    compare(name, lora, all_logits, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        Lora(3, 6.0, experts=True),
+        Lora(2, 3.0, targets="up_proj|down_proj|o_proj", rslora=True, experts=True),
+        Lora(2, 3.0, targets="gate_proj", experts=True),
+    ],
+    ids=["all", "some, rslora", "gates"],
+)
+def test_peft_merges_the_experts_of_gpt_oss_into_our_export(lora, all_logits, tmp_path):
+    theirs, ours = compare("gpt-oss", lora, all_logits, tmp_path)
+    merged = theirs.merge_and_unload().state_dict()
+    assert merged.keys() == ours.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, merged[name].numpy(), atol=1e-5, err_msg=name)
+
+
+def compare(name, lora, all_logits, tmp_path):
+    """Compares logits with random adapters; returns peft's model and our merged tensors."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
@@ -61,7 +83,8 @@ def test_peft_gives_our_logits(name, lora, all_logits, tmp_path):
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     run = jax.jit(partial(all_logits, Decoder(config)))
-    ours = run(merge(params, adapters, lora), tokens)
+    merged = merge(params, adapters, lora)
+    ours = run(merged, tokens)
     assert np.abs(ours - run(params, tokens)).max() > 0.1
     np.testing.assert_allclose(ours, expected, atol=2e-4)
 
@@ -71,6 +94,7 @@ def test_peft_gives_our_logits(name, lora, all_logits, tmp_path):
         assert set(file.keys()) == names
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(FAMILIES / name)
+    return theirs, dict(to_hf_tensors(merged, config))
 
 
 def test_an_adapters_files_are_as_open_as_any_other_and_name_what_they_belong_to(tmp_path):
@@ -96,20 +120,6 @@ def test_an_adapters_files_are_as_open_as_any_other_and_name_what_they_belong_to
     np.testing.assert_array_equal(a, ours.reshape(-1, 2).T)
 
 
-def test_experts_that_are_one_tensor_have_no_adapters():
-    config = read_config(FAMILIES / "gpt-oss")
-    check(config, Lora(2, 4.0, targets="self_attn"))
-    message = r"one tensor \(model.layers.0.mlp.experts.down_proj\).* Set lora.targets: self_attn"
-    for lora in (
-        Lora(2, 4.0),  # the default targets
-        Lora(2, 4.0, experts=True),
-        Lora(2, 4.0, targets="down_proj"),
-        Lora(2, 4.0, targets="self_attn", experts=True),
-    ):
-        with pytest.raises(LoraError, match=message):
-            check(config, lora)
-
-
 @pytest.mark.parametrize("name", ["mixtral", pytest.param("qwen3-moe", marks=pytest.mark.slow)])
 def test_the_adapters_of_an_expert_are_what_is_merged_into_its_tensors(name, tmp_path):
     folder, lora = FAMILIES / name, Lora(2, 4.0, targets="up_proj|down_proj", experts=True)
@@ -130,3 +140,31 @@ def test_the_adapters_of_an_expert_are_what_is_merged_into_its_tensors(name, tmp
         product = stored[f"{module}.lora_B.weight"] @ stored[f"{module}.lora_A.weight"]
         tensor = f"{module.removeprefix('base_model.model.')}.weight"
         np.testing.assert_allclose(merged[tensor], base[tensor] + 2 * product, atol=1e-5)
+
+
+def test_peft_finds_the_adapters_of_gpt_oss_experts_under_its_names_for_parameters(tmp_path):
+    """Without torch: PEFT's sum over experts e, ranks r and inputs i, in its own letters."""
+    folder, lora = FAMILIES / "gpt-oss", Lora(2, 4.0, experts=True)
+    config = read_config(folder)
+    adapters = init(nn.unbox(abstract_adapters(config, lora)), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype("float32"), adapters)
+    export_adapter(adapters, config, lora, "org/name", tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    names = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    assert settings["target_parameters"] == names
+    assert settings["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert settings["rank_pattern"] == {"gate_up_proj": 4}
+    assert settings["alpha_pattern"] == {"gate_up_proj": 8.0}
+    params = load(folder, config)
+    base, merged = (dict(to_hf_tensors(x, config)) for x in (params, merge(params, adapters, lora)))
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "numpy") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}
+    for name, wrapper in zip(names, ("experts", "experts.base_layer"), strict=True):
+        where = f"base_model.model.model.layers.3.mlp.{wrapper}.lora"
+        a, b = stored[f"{where}_A.weight"], stored[f"{where}_B.weight"]
+        a, b = a.reshape(8, -1, a.shape[-1]), b.reshape(len(b), -1, 8)
+        tensor = f"model.layers.3.{name}"
+        expected = base[tensor] + 2 * np.einsum("ore,eri->eio", b, a)
+        assert (np.abs(expected - base[tensor]).max(axis=(1, 2)) > 0.1).all()
+        np.testing.assert_allclose(merged[tensor], expected, atol=1e-5)

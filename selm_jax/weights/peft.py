@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -33,8 +33,8 @@ def export_adapter(
     Phi-3; the MLP's gate and up of Phi-3, GLM-4 and Granite 4). The adapters of n kernels in one
     tensor, each of rank r, become one adapter of rank n r: their A are concatenated, their B are
     the blocks of a block-diagonal matrix. The product is the same. Each expert of a mixture is a
-    module, as in the published files. Versions of transformers that hold all experts as one
-    parameter have no such modules.
+    module, as in the published files. Where transformers holds all experts as one parameter, PEFT
+    0.21 joins their adapters as it loads them, if gates and ups both have some, or neither.
 
     Where the files store all experts of a layer as one tensor (gpt-oss), PEFT adapts that
     parameter, for which it needs version 0.17 or later: `target_parameters` names it.
@@ -49,18 +49,36 @@ def export_adapter(
       revision: the commit of a Hub id.
       inside: whether the base is a multi-modal model, whose text model has the adapters.
     """
-    flat = flatten_dict(adapters)
-    stored: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
     adapted = [parts for parts in in_one_tensor(config) if any(_has(p, lora) for p in parts)]
     parameters = [parts[0].name for parts in adapted if parts[0].inputs is None]
     parameters.sort(key=lambda name: name.endswith("down_proj"))  # as transformers' class has them
+    stored = dict(_matrices(flatten_dict(adapters), adapted, parameters, lora, inside))
+    if folder is None:
+        return
+    folder.mkdir(parents=True)
+    entries = {name: stored_like(x.shape, x.dtype) for name, x in stored.items()}
+    write_file(folder / "adapter_model.safetensors", entries, iter(stored.items()))
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        **_numbers(adapted, lora),
+        **_targets(adapted, parameters, inside),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _matrices(
+    flat: dict, adapted: list[list[Tensor]], parameters: list[str], lora: Lora, inside: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The adapters' matrices by their names in the file."""
     for parts in adapted:
-        whole = parts[0].name.removesuffix(".weight")
-        ranks[whole.rpartition(".")[2]] = lora.rank * len([p for p in parts if _has(p, lora)])
         for layer in parts[0].layers or ():
-            if whole in parameters:
-                names = [_wrapper(whole, parameters).format(layer)]
+            if parts[0].name in parameters:
+                names = [_wrapper(parts[0].name, parameters).format(layer)]
                 pairs = [_of_all(parts, flat, layer, lora)]
             else:
                 names, pairs = parts[0].names(layer), _pairs(parts, flat, layer, lora)
@@ -68,37 +86,43 @@ def export_adapter(
                 name = name.removesuffix(".weight")
                 if inside:
                     name = name.replace("model.", "model.language_model.", 1)
-                where = f"base_model.model.{name}"
-                stored[f"{where}.lora_A.weight"], stored[f"{where}.lora_B.weight"] = a, b
-    # The scale is alpha / rank (or its root); if the rank is n times as large, so must be alpha.
-    grown = {m: r / lora.rank for m, r in ranks.items() if r != lora.rank}
-    if folder is None:
-        return
-    folder.mkdir(parents=True)
-    entries = {name: stored_like(x.shape, x.dtype) for name, x in stored.items()}
-    write_file(folder / "adapter_model.safetensors", entries, iter(stored.items()))
-    fused = {name.partition("{}.")[2] for name in parameters}
-    modules = sorted(ranks.keys() - {name.rpartition(".")[2] for name in parameters})
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": revision,
+                yield f"base_model.model.{name}.lora_A.weight", a
+                yield f"base_model.model.{name}.lora_B.weight", b
+
+
+def _numbers(adapted: list[list[Tensor]], lora: Lora) -> dict[str, Any]:
+    """The ranks and scales in adapter_config.json.
+
+    The scale is alpha / rank; if the rank is n times as large, so must be alpha. rsLoRA is written
+    like this, too: where PEFT joins gates and ups as it loads experts, it multiplies alpha by n,
+    which is wrong with `use_rslora`.
+    """
+    alpha = lora.scale * lora.rank
+    counts = {_last(parts[0].name): len([p for p in parts if _has(p, lora)]) for parts in adapted}
+    return {
         "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "lora_alpha": alpha,
         "lora_dropout": lora.dropout,
-        "use_rslora": lora.rslora,
-        # A regular expression if a model for images has modules of the same names.
-        "target_modules": rf".*\.language_model\..*\.({'|'.join(modules)})" if inside else modules,
-        **({"target_parameters": sorted(fused)} if fused else {}),
-        "rank_pattern": {m: ranks[m] for m in grown},
-        "alpha_pattern": {
-            m: lora.alpha * (math.sqrt(n) if lora.rslora else n) for m, n in grown.items()
-        },
-        "bias": "none",
-        "inference_mode": True,
+        "use_rslora": False,
+        "rank_pattern": {name: n * lora.rank for name, n in counts.items() if n > 1},
+        "alpha_pattern": {name: n * alpha for name, n in counts.items() if n > 1},
     }
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _targets(adapted: list[list[Tensor]], parameters: list[str], inside: bool) -> dict[str, Any]:
+    """The modules and the parameters in adapter_config.json."""
+    modules = {_last(parts[0].name) for parts in adapted if parts[0].name not in parameters}
+    names = "|".join(sorted(modules))
+    # A regular expression if a model for images has modules of the same names.
+    found = {"target_modules": rf".*\.language_model\..*\.({names})" if inside else sorted(modules)}
+    if not parameters:
+        return found
+    return found | {"target_parameters": sorted(name.partition("{}.")[2] for name in parameters)}
+
+
+def _last(name: str) -> str:
+    """The last part of a module's or a parameter's name."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _has(row: Tensor, lora: Lora) -> bool:

@@ -40,7 +40,8 @@ FAMILIES = Path(__file__).parents[1] / "golden" / "families"
     ],
 )  # fmt: skip
 def test_peft_gives_our_logits(name, lora, all_logits, tmp_path):
-    compare(name, lora, all_logits, tmp_path)
+    theirs, _ = compare(name, lora, all_logits, tmp_path)
+    every_tensor_is_used(theirs, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +55,27 @@ def test_peft_gives_our_logits(name, lora, all_logits, tmp_path):
 )
 def test_peft_merges_the_experts_of_gpt_oss_into_our_export(lora, all_logits, tmp_path):
     theirs, ours = compare("gpt-oss", lora, all_logits, tmp_path)
+    every_tensor_is_used(theirs, tmp_path)
     merged = theirs.merge_and_unload().state_dict()
     assert merged.keys() == ours.keys()
     for name, value in ours.items():
         np.testing.assert_allclose(value, merged[name].numpy(), atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_peft_joins_the_adapters_of_experts_to_our_logits(name, rslora, all_logits, tmp_path):
+    compare(name, Lora(2, 3.0, rslora=rslora, experts=True), all_logits, tmp_path)
+
+
+def every_tensor_is_used(theirs, tmp_path):
+    """Checks the names of a folder's tensors: peft is silent about those that it does not know."""
+    import peft
+
+    names = set(peft.get_peft_model_state_dict(theirs))
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "numpy") as file:
+        assert set(file.keys()) == names
 
 
 def compare(name, lora, all_logits, tmp_path):
@@ -88,10 +106,6 @@ def compare(name, lora, all_logits, tmp_path):
     assert np.abs(ours - run(params, tokens)).max() > 0.1
     np.testing.assert_allclose(ours, expected, atol=2e-4)
 
-    # Every tensor of the folder is used: peft stays silent about keys that it does not know.
-    names = set(peft.get_peft_model_state_dict(theirs))
-    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "numpy") as file:
-        assert set(file.keys()) == names
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(FAMILIES / name)
     return theirs, dict(to_hf_tensors(merged, config))

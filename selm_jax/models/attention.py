@@ -8,7 +8,8 @@ elsewhere in plain JAX (`models.attention_blocks`). A decoding step has a kernel
 interpreted on CPU, but have not run on a TPU. All back ends agree up to rounding.
 
 A model may have an attention sink: a learned logit per head that takes a share of the softmax and
-has no value (gpt-oss). For long rows, it is applied to what the back end returns (`with_sinks`).
+has no value (gpt-oss). Blocks and kernels know nothing of it: it is applied to what they return
+(`with_sinks`).
 
 Letters: r rows, t queries, s keys, k key-value heads, g query heads per key-value head, h head_dim.
 """
@@ -60,7 +61,7 @@ def attention(
         tensor; None for one device.
     """
     platform = platform_of(mesh)
-    chosen = _chosen(back_end, sight, platform, sinks is not None)
+    chosen = _chosen(back_end, sight, platform)
     interpret = platform != "tpu"
     if chosen == "einsum":
         return einsum(query, keys, values, sight, scale, cap, sinks)
@@ -75,7 +76,7 @@ def attention(
             return kernel(query, keys, values, sight, scale, cap, interpret=interpret)
         from selm_jax.models.decode_tpu import decode_kernel
 
-        return decode_kernel(query, keys, values, sight, scale, cap, interpret=interpret), None
+        return decode_kernel(query, keys, values, sight, scale, cap, interpret=interpret)
 
     if mesh is not None and mesh.size > 1:
         # Each device decides from its own rows which blocks to visit.
@@ -111,14 +112,11 @@ def with_sinks(
     return (context * share[..., None]).astype(context.dtype)
 
 
-def _chosen(
-    back_end: AttentionBackEnd, sight: Sight, platform: str, sinks: bool = False
-) -> AttentionBackEnd:
+def _chosen(back_end: AttentionBackEnd, sight: Sight, platform: str) -> AttentionBackEnd:
     kernel = back_end == "kernel" or (back_end == "auto" and platform == "tpu")
     longest = sight.position.shape[1]
     if sight.place is not None:  # a cache: one query in a decoding step, few queries otherwise
-        # The kernel of a decoding step does not return the logsumexp, which sinks need.
-        return "kernel" if kernel and longest == 1 and not sinks else "einsum"
+        return "kernel" if kernel and longest == 1 else "einsum"
     if back_end != "auto":
         return back_end
     if holds_all_scores(back_end, longest, platform):

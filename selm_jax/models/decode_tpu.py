@@ -46,8 +46,10 @@ def decode_kernel(
     cap: float | None = None,
     *,
     interpret: bool = False,
-) -> Float[Array, "r 1 heads h"]:
-    """Computes softmax(cap(scale * q k^T)) v for one query per slot, with the softmax in float32.
+) -> tuple[Float[Array, "r 1 heads h"], Float[Array, "r 1 heads"]]:
+    """Computes softmax(cap(scale * q k^T)) v for one query per slot, and its scores' logsumexp.
+
+    The softmax is in float32.
 
     Args:
       keys, values: the cache with its axes swapped, as `attention` takes them. They are swapped
@@ -65,8 +67,8 @@ def decode_kernel(
     rows, _, heads, h = query.shape
     cache = keys.swapaxes(1, 2), values.swapaxes(1, 2)
     query = query.reshape(rows, cache[0].shape[1], -1, h)
-    context = ragged(query, *cache, first, length, scale, cap, interpret=interpret)
-    return context.reshape(rows, 1, heads, h)
+    context, logsumexp = ragged(query, *cache, first, length, scale, cap, interpret=interpret)
+    return context.reshape(rows, 1, heads, h), logsumexp.reshape(rows, 1, heads)
 
 
 def ragged(
@@ -79,10 +81,10 @@ def ragged(
     cap: float | None = None,
     *,
     interpret: bool = False,
-) -> Float[Array, "r k g h"]:
+) -> tuple[Float[Array, "r k g h"], Float[Array, "r k g"]]:
     """Attention of each slot's queries to the entries `first` to `length - 1` of its cache.
 
-    A slot without such entries gets zeros.
+    A slot without such entries gets zeros, and `FLOOR` as the logsumexp of its scores.
     """
     rows, k, capacity, h = keys.shape
     group = query.shape[2]
@@ -101,16 +103,19 @@ def ragged(
     of_cache = pl.BlockSpec((None, k, b, h), live)
     per_query = pltpu.VMEM((k, padded, _LANES), jnp.float32)
     products = rows * k * padded * capacity  # with nothing skipped
-    context = pl.pallas_call(
+    context, logsumexp = pl.pallas_call(
         partial(_kernel, scale=scale, cap=cap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(rows, blocks),
             in_specs=[of_query, of_cache, of_cache],
-            out_specs=of_query,
+            out_specs=(of_query, pl.BlockSpec((None, k, padded), lambda r, j, *_: (r, 0, 0))),
             scratch_shapes=[per_query, per_query, pltpu.VMEM((k, padded, h), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        out_shape=(
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
+        ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=4 * products * h,
@@ -120,7 +125,7 @@ def ragged(
         interpret=interpret,
         name="decode_attention",
     )(first, length, query, keys, values)
-    return context[:, :, :group]
+    return context[:, :, :group], logsumexp[:, :, :group]
 
 
 def block_of(k: int, capacity: int, h: int, item: int) -> int:
@@ -134,7 +139,9 @@ def block_of(k: int, capacity: int, h: int, item: int) -> int:
     return min(max(tokens, _LANES), _LONGEST, capacity)
 
 
-def _kernel(first, length, q, k, v, out, most, total, context, *, scale: float, cap: float | None):
+def _kernel(
+    first, length, q, k, v, out, logsumexp, most, total, context, *, scale: float, cap: float | None
+):
     """One slot and one block; `most` (running maximum), `total` (running sum): [k, g, 128]."""
     r, j = pl.program_id(0), pl.program_id(1)
     b = k.shape[1]
@@ -172,3 +179,4 @@ def _kernel(first, length, q, k, v, out, most, total, context, *, scale: float, 
     def _():
         safe = jnp.where(total[...] > 0, total[...], 1.0)
         out[...] = (context[...] / safe[..., :1]).astype(out.dtype)
+        logsumexp[...] = (most[...] + jnp.log(safe)).max(axis=2)  # all lanes are equal

@@ -12,7 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
 from selm_jax.models import decode_tpu
-from selm_jax.models.attention import attention, einsum
+from selm_jax.models.attention import attention, einsum, with_sinks
+from selm_jax.models.attention_blocks import FLOOR
 from selm_jax.models.cache import LayerCache, write
 from selm_jax.models.decode_tpu import block_of, decode_kernel, ragged
 from selm_jax.models.sight import Sight
@@ -55,7 +56,7 @@ def test_it_gives_the_oracles_values(heads, k, h, capacity, cap, window, small_b
     inside = [n for n in (2, 31, 127, 128, 129, 256, 257) if n < capacity]
     lengths = [1, *inside, capacity - 1, capacity]
     given = step(lengths, heads, k, h, capacity, window)
-    found = decode_kernel(*given, h**-0.5, cap, interpret=True)
+    found, _ = decode_kernel(*given, h**-0.5, cap, interpret=True)
     np.testing.assert_allclose(found, einsum(*given, h**-0.5, cap), rtol=1e-5, atol=1e-5)
 
 
@@ -66,7 +67,7 @@ def test_what_no_query_sees_is_not_read(small_blocks):
     dead = ~sight.mask()[:, 0, :, None, None]
     ahead = (sight.key_position > sight.place)[:, :, None, None]
     keys, values = jnp.where(dead, jnp.nan, keys), jnp.where(ahead, jnp.nan, values)
-    found = decode_kernel(query, keys, values, sight, 0.125, interpret=True)
+    found, _ = decode_kernel(query, keys, values, sight, 0.125, interpret=True)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -78,15 +79,16 @@ def test_a_slot_that_sees_nothing_gets_zeros(lengths, first, small_blocks):
     of_heads = query.reshape(3, 2, 2, 64)
     keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
     bounds = jnp.asarray(first, jnp.int32), jnp.asarray(lengths, jnp.int32)
-    found = ragged(of_heads, keys, values, *bounds, 0.125, interpret=True)
+    found, logsumexp = ragged(of_heads, keys, values, *bounds, 0.125, interpret=True)
     np.testing.assert_array_equal(found, 0)
+    np.testing.assert_array_equal(logsumexp, np.float32(FLOOR))
 
 
 def test_it_gives_the_same_with_a_tpus_memory_simulated(small_blocks):
     """Buffers begin as NaN and are reused as on a TPU, which plain interpretation does not show."""
     given = step([1, 130, 300], 4, 2, 64, 300)
     simulated = pltpu.InterpretParams(uninitialized_memory="nan")
-    found = decode_kernel(*given, 0.125, interpret=simulated)
+    found, _ = decode_kernel(*given, 0.125, interpret=simulated)
     np.testing.assert_allclose(found, einsum(*given, 0.125), rtol=1e-5, atol=1e-5)
 
 
@@ -130,7 +132,7 @@ def test_steps_compile_for_tpus_and_do_not_copy_the_cache(name, heads, k, h, cap
             cache = write(cache, new * context[:, :, :1], new, place)
             sight = Sight(place[:, None], jnp.arange(capacity)[None], place=place[:, None])
             keys, values = cache.keys.swapaxes(1, 2), cache.values.swapaxes(1, 2)
-            context = decode_kernel(query, keys, values, sight, h**-0.5, cap)
+            context, _ = decode_kernel(query, keys, values, sight, h**-0.5, cap)
             return cache, place + 1, context
 
         return jax.lax.while_loop(lambda s: s[1][0] < 99, one, (cache, place, query))
@@ -142,3 +144,21 @@ def test_steps_compile_for_tpus_and_do_not_copy_the_cache(name, heads, k, h, cap
     # for any back end. In the loop nothing is copied.
     padded = 0 if h % 128 == 0 else 2 * 16 * k * capacity * 128 * -(-h // 128) * 2
     assert compiled.memory_analysis().temp_size_in_bytes < padded + 2**21
+
+
+@pytest.mark.slow
+@pytest.mark.libtpu
+@pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x2"])
+def test_a_step_of_gpt_oss_with_sinks_compiles_for_tpus_as_one_kernel(name):
+    """The 20b model has 64 heads of 64 dimensions, and 8 key-value heads."""
+    array = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(target(name).devices[0]))
+    cache, sinks = array((16, 8, 4096, 64), jnp.bfloat16), array((64,), jnp.bfloat16)
+
+    def step(query, keys, values, sinks, place):
+        sight = Sight(place, jnp.arange(4096)[None], place=place, window=jnp.int32(128))
+        keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+        return with_sinks(*decode_kernel(query, keys, values, sight, 0.125), sinks)
+
+    query, place = array((16, 1, 64, 64), jnp.bfloat16), array((16, 1), jnp.int32)
+    compiled = jax.jit(step).lower(query, cache, cache, sinks, place).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1

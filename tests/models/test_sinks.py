@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selm_jax.models import attention_tpu
+from selm_jax.models import attention_tpu, decode_tpu
 from selm_jax.models.attention import _chosen, attention, einsum
 from selm_jax.models.decoder import Decoder, logits
 from selm_jax.models.families import read_config
@@ -102,11 +102,31 @@ def test_every_back_end_gives_the_einsums_values_and_gradients(back_end, mesh, m
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_decoding_step_with_sinks_takes_no_kernel():
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
+def test_a_decoding_step_of_the_kernel_has_sinks(mesh, monkeypatch):
+    """Slots see one entry, parts of blocks and whole ones; a window hides a part of the last."""
+    monkeypatch.setattr(decode_tpu, "_LONGEST", 128)
+    query, keys, values, sinks, _ = some(4, 300, 4, 2, 16)
+    place = jnp.asarray([[0], [76], [128], [299]])
+    sight = Sight(place, jnp.arange(300)[None], place=place, window=jnp.int32(200))
+    given, mask = (query[:, :1], keys, values, sinks), np.asarray(sight.mask())
+    mesh = None if mesh is None else make_mesh(mesh)
+
+    @jax.jit
+    def found(query, keys, values, sinks):
+        return attention(
+            query, keys, values, sight, scale=0.3, sinks=sinks, back_end="kernel", mesh=mesh
+        )
+
+    expected = by_definition(*given, mask, 0.3)
+    np.testing.assert_allclose(found(*given), expected, rtol=1e-4, atol=1e-5)
+    without = by_definition(query[:, :1], keys, values, np.full(4, -99.0), mask, 0.3)
+    assert np.abs(expected - without).max() > 0.1
+
+
+def test_a_decoding_step_on_a_tpu_takes_the_kernel():
     at = jnp.arange(1)[None]
-    sight = Sight(at, at, place=at)
-    assert [_chosen("auto", sight, "tpu", sinks) for sinks in (False, True)] == ["kernel", "einsum"]
-    assert _chosen("kernel", sight, "tpu", True) == "einsum"
+    assert _chosen("auto", Sight(at, at, place=at), "tpu") == "kernel"
 
 
 @pytest.mark.slow

@@ -152,6 +152,12 @@ _GEMMA4 = frozenset(
 )
 _CAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
 _SCALES = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
+# llama.cpp's converter writes them of a dense Granite 4, too, which has no such layers.
+_OF_HYBRIDS = frozenset(
+    {f"ssm.{k}" for k in ("conv_kernel", "group_count", "inner_size", "state_size")}
+    | {"ssm.time_step_rank", "expert_count", "expert_used_count"}
+    | {"expert_shared_feed_forward_length"}
+)
 
 _BIASES: Json = {"attention_bias": False, "mlp_bias": False}
 _QWEN3: Json = {"attention_bias": False, "use_sliding_window": False}
@@ -256,7 +262,7 @@ FAMILIES = {
         _DENSE,
         _BIASES,
         gguf_keys.granite,
-        _SCALES,
+        _SCALES | _OF_HYBRIDS,
         interleaved=True,
     ),
     "glm4": Family("glm4", "Glm4ForCausalLM", _GLM4, partial=True, biases=True),

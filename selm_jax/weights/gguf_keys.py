@@ -84,6 +84,13 @@ def exaone4(k: Fields, config: Json) -> Json:
 
 
 def granite(k: Fields, config: Json) -> Json:
+    """Reads Granite 3, and the dense models of Granite 4, which are the same function."""
+    for key in ("expert_count", "expert_used_count"):
+        if k.get(key, int):
+            raise GGUFError(
+                f"{k.path}: key {k.prefix}{key} is {k.get(key, int)}, so this model has experts, "
+                "which is not supported. Use a dense model, such as granite-4.0-micro"
+            )
     if k.get("rope.scaling.finetuned", bool) is False:
         raise GGUFError(
             f"{k.path}: key {k.prefix}rope.scaling.finetuned is false, so this model has no rotary "

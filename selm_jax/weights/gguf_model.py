@@ -157,7 +157,7 @@ def _heads(k: Fields, hidden: int, family: Family) -> Heads:
         _check_heads(k, *found[:3])
         return found
     heads = k.size("attention.head_count")
-    kv_heads = k.size("attention.head_count_kv", heads)
+    kv_heads = _of_all_layers(k, "attention.head_count_kv", heads)
     head_dim = k.get("attention.key_length", int) or hidden // heads
     _check_heads(k, heads, kv_heads, head_dim)
     rotated = k.size("rope.dimension_count", head_dim)
@@ -169,6 +169,16 @@ def _heads(k: Fields, hidden: int, family: Family) -> Heads:
                 f"only equal sizes (rope over the whole head) are supported. {MEND}"
             )
     return Heads(heads, kv_heads, head_dim, rotated)
+
+
+def _of_all_layers(k: Fields, key: str, default: int) -> int:
+    """The value of a key that may also be an array with the same number for each layer."""
+    said = k.get(key, object)
+    if isinstance(said, list) and len(said) == k.size("block_count") and len(set(said)) == 1:
+        (value,) = set(said)
+        if type(value) is int and value > 0:
+            return value
+    return k.size(key, default)
 
 
 def _check_heads(k: Fields, heads: int, kv_heads: int, head_dim: int) -> None:

@@ -17,9 +17,10 @@ from tiny_gguf import CONTROL, F32, tokenizer_keys, write
 NAMES = {
     "qwen3_moe": "qwen3moe", "mixtral": "llama", "olmo3": "olmo2", "gemma3_text": "gemma3",
     "ministral3": "mistral3", "gpt_oss": "gpt-oss", "gemma4_text": "gemma4",
+    "granitemoehybrid": "granite",  # if all layers are attention, and tokens have no experts
 }  # fmt: skip
 # Those whose rope rotates neighbours in llama.cpp.
-_NEIGHBOURS = ("llama", "mixtral", "ministral3", "granite", "smollm3")
+_NEIGHBOURS = ("llama", "mixtral", "ministral3", "granite", "granitemoehybrid", "smollm3")
 _COPIED = {
     "max_position_embeddings": "context_length",
     "hidden_size": "embedding_length",
@@ -32,6 +33,11 @@ _COPIED = {
     "num_local_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_intermediate_size": "expert_shared_feed_forward_length",
+    "mamba_d_conv": "ssm.conv_kernel",
+    "mamba_d_state": "ssm.state_size",
+    "mamba_n_groups": "ssm.group_count",
+    "mamba_n_heads": "ssm.time_step_rank",
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
@@ -88,7 +94,7 @@ def _keys_of(config: dict) -> dict:
     keys = {new: config[old] for old, new in _COPIED.items() if config.get(old) is not None}
     if name.startswith("gemma") or config.get("head_dim"):
         keys["attention.value_length"] = head
-    if name in ("llama", "mixtral", "granite", "phi3", "glm4"):
+    if name in ("llama", "mixtral", "granite", "granitemoehybrid", "phi3", "glm4"):
         keys["rope.dimension_count"] = int(head * rope.get("partial_rotary_factor", 1))
     if name in ("olmo3", "exaone4", "gemma2", "gemma3_text", "phi3", "gpt_oss", "gemma4_text"):
         keys["attention.sliding_window"] = config["sliding_window"] or 0
@@ -112,6 +118,12 @@ def _keys_of(config: dict) -> dict:
             counts["full_attention"] = full["num_key_value_heads"]
             keys["attention.head_count_kv"] = [counts[kind] for kind in config["layer_types"]]
         keys |= {"attention.shared_kv_layers": 0, "embedding_length_per_layer_input": 0}
+    if name == "granitemoehybrid":
+        keys["ssm.inner_size"] = config["mamba_expand"] * config["hidden_size"]
+        keys["attention.head_count_kv"] = [config["num_key_value_heads"]] * len(
+            config["layer_types"]
+        )
+        keys["rope.scaling.finetuned"] = True
     if name == "gpt_oss":
         keys["expert_feed_forward_length"] = config["intermediate_size"]
     if name == "ministral3":
@@ -159,10 +171,15 @@ def _factors_of(config: dict) -> dict[str, np.ndarray]:
 
 
 def _apart(name: str, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """A tensor that is no layer's weight or bias under the names of one or several that are."""
+    """A tensor under the names that the package gguf knows: its own, or those of its parts."""
     stem, _, last = name.rpartition(".")
     if last in ("sinks", "layer_scalar"):
         return [(f"{name}.weight", value)]
+    if stem.endswith("shared_mlp.output_linear"):
+        return [(name.replace("shared_mlp.output_linear", "mlp.down_proj"), value)]
+    if stem.endswith("shared_mlp.input_linear"):
+        halves = zip(("gate_proj", "up_proj"), np.split(value, 2), strict=True)
+        return [(name.replace("shared_mlp.input_linear", f"mlp.{n}"), half) for n, half in halves]
     if not stem.endswith("mlp.experts"):
         return [(name, value)]
     kind = "bias" if last.endswith("_bias") else "weight"

@@ -4,9 +4,11 @@ The checkpoints are those of tests/golden, whose logits transformers computed. E
 tensors are equal logits.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from gguf_of import write_of
@@ -16,6 +18,7 @@ from selm_jax.models.families import from_hf, read_config
 from selm_jax.models.multimodal import text_part
 from selm_jax.weights.gguf import GGUFError, convert
 from selm_jax.weights.gguf_families import FAMILIES
+from selm_jax.weights.huggingface import load
 from selm_jax.weights.multimodal import open_text
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "families"
@@ -33,6 +36,7 @@ GEMMA4 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     },
 }  # fmt: skip
+GRANITE4 = {"num_experts_per_tok": 0, "intermediate_size": 24}  # the published ones agree, too
 LIMIT = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # in llama.cpp's code
 CASES = [
     ("llama-2", {}),
@@ -93,6 +97,16 @@ def test_the_text_model_of_gemma_4_with_values_of_its_own_comes_back(tmp_path):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
+def test_a_dense_granite_4_comes_back_as_the_granite_3_that_it_equals(tmp_path):
+    """Its file differs in keys only, and does not say that two matrices were one tensor."""
+    file, config = write_of(GOLDEN / "granite-4", tmp_path / "m.gguf", GRANITE4)
+    out = convert(file, tmp_path / "out")
+    facts = from_hf(config)
+    assert read_config(out) == dataclasses.replace(facts, architecture="GraniteForCausalLM")
+    ours, expected = load(out, read_config(out)), load(GOLDEN / "granite-4", facts)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
 @pytest.mark.parametrize(
     ("own", "rope"),
     [
@@ -142,6 +156,9 @@ def test_every_family_is_tested():
     ("name", "own", "message"),
     [
         ("granite-3", {"granite.rope.scaling.finetuned": False}, "has no rotary embedding"),
+        ("granite-3", {"granite.expert_count": 8}, "granite.expert_count is 8, so .* has experts"),
+        ("granite-3", {"granite.attention.head_count_kv": [2, 2, 2, 1]}, "expected the type int"),
+        ("granite-3", {"granite.attention.head_count_kv": [2, 2, 2]}, "expected the type int"),
         (
             "exaone-4",
             {"exaone4.attention.sliding_window_pattern": [True]},

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_of import write_of
-from test_gguf_families import GEMMA4, HEAD_SIZE, LIMIT, LLAMA3, NO_WINDOW
+from test_gguf_families import GEMMA4, GRANITE4, HEAD_SIZE, LIMIT, LLAMA3, NO_WINDOW
 
 from selm_jax.weights.gguf import convert
 
@@ -40,6 +40,7 @@ CASES = {
     "olmo-2": {"attention_bias": False},
     "exaone-4": NO_WINDOW,
     "granite-3": {},
+    "granite-4": GRANITE4,
     "glm-4": {},
     "gemma-1": {},
     "gemma-2": HEAD_SIZE,

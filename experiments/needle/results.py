@@ -3,8 +3,11 @@
     PYTHONPATH=. python -m experiments.needle.results
 
 reads the runs' models and the openings, and writes docs/images/needle.json (a record for each run)
-and the tables of docs/middle_world.md. A run that has its record is not measured again. With
-`--drawn` it reads no runs: the tables are made again from the records.
+and the tables of docs/middle_world.md. A run that has its record is not measured again. A record
+has two digests that its run wrote: `openings`, of the first iteration's prompts with their
+openings, and `experiment`, of config.yaml (null where it was not kept). Records and runs of other
+openings than the present ones are refused. With `--drawn` it reads no runs: the tables are made
+again from the records.
 """
 
 from __future__ import annotations
@@ -19,12 +22,16 @@ import numpy as np
 
 from experiments.middle.results import between, percent, said, verdict
 from experiments.needle import make, oracle
+from selm_jax.config import Experiment
 from selm_jax.evaluation.model import open_model
 from selm_jax.lab import stats
 from selm_jax.policy.policy import Policy
+from selm_jax.run.data import Data
+from selm_jax.run.task import task_of
 from selm_jax.shell import artifacts
 from selm_jax.sweep.grid import Member, read_sweep
 from selm_jax.tables import ranked
+from selm_jax.text.prompts import prompts_digest
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[1] / "docs" / "middle_world.md"
@@ -76,7 +83,8 @@ class Measure:
             found = self.of_model(model) | self.of_answers(folder)
             for name, number in found.items():
                 numbers[name].append(_short(number))
-        return {"method": member.cell.name, "seed": member.seed} | numbers
+        named = {"method": member.cell.name, "seed": member.seed}
+        return named | digests_of(member.folder) | numbers
 
     def of_answers(self, folder: Path) -> dict[str, float]:
         """Reads `told` and `misread` of `of_run` from an iteration's answers."""
@@ -104,11 +112,40 @@ def _is_done(member: Member) -> bool:
     return last.exists() and artifacts.Stages(last).read().get("export", {}).get("done", False)
 
 
-def read_runs(known: Sequence[Record] = ()) -> list[Record]:
-    """A record of each finished run; those in `known` are not measured again."""
+def openings_now(experiment: Experiment) -> str:
+    """The digest that a run of this experiment would give its prompts and openings now."""
+    return prompts_digest(Data(experiment, task_of(experiment.objective), None).prompts(1))
+
+
+def digests_of(run: Path) -> dict[str, str]:
+    """The digests of its openings and of its experiment that a run wrote, as a record has them."""
+    generated = artifacts.Stages(run / "iteration_1").read()["generate"]
+    experiment = artifacts.read_sealed(run / "manifest.json")["config_sha256"]
+    return {"openings": generated["inputs"]["prompts"], "experiment": experiment}
+
+
+def read_runs(members: Sequence[Member], known: Sequence[Record] = ()) -> list[Record]:
+    """A record of each finished run; those in `known` are not measured again.
+
+    A run is measured again if its record has other digests than the run.
+
+    Raises:
+      ValueError: a run, or a record whose run is not here, belongs to other openings than those
+        that the experiments read now. Its regret is not comparable with that of the others.
+    """
     records = {(r["method"], r["seed"]): r for r in known}
-    members = [m for m in read_sweep(HERE / "sweep.yaml").members if _is_done(m)]
-    new = [m for m in members if (m.cell.name, m.seed) not in records]
+    now = {m.seed: openings_now(m.experiment) for m in members}
+    done = {(m.cell.name, m.seed): m for m in members if _is_done(m)}
+    digests = {key: digests_of(m.folder) for key, m in done.items()}
+    for key, found in (records | digests).items():
+        if found.get("openings") != now.get(key[1]):
+            what, where = ("run", done[key].folder) if key in done else ("record", RECORDS)
+            raise ValueError(
+                f"The {what} of {key[0]}, seed {key[1]}, in {where}, belongs to other openings "
+                f"than those of {oracle.FOLDER}. Make its openings there again (PYTHONPATH=. "
+                "python -m experiments.needle.make), or remove it and run its experiment again"
+            )
+    new = [m for key, m in done.items() if not digests[key].items() <= records.get(key, {}).items()]
     if new:
         measure = Measure()
         records |= {(m.cell.name, m.seed): measure.of_run(m) for m in new}
@@ -173,12 +210,13 @@ def levels(records: Sequence[Record]) -> Iterator[str]:
 
 def main(drawn: bool = False) -> None:
     """Writes the records, and the tables of the document."""
+    members = read_sweep(HERE / "sweep.yaml").members
     records = json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else []
     if not drawn:
-        records = read_runs(records)
+        records = read_runs(members, records)
         lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
         artifacts.write_text(RECORDS, f"[\n{lines}\n]\n")
-    whole, planned = paired(records), len(read_sweep(HERE / "sweep.yaml").members)
+    whole, planned = paired(records), len(members)
     page = DOCUMENT.read_text(encoding="utf-8")
     told = f"{len(records)} of the {planned} planned runs are finished."
     page = between(page, "smollm2: runs", [told])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -15,6 +16,10 @@ from experiments.needle import make, oracle, results
 from selm_jax.evaluation.model import open_model
 from selm_jax.parallel.mesh import make_mesh
 from selm_jax.preferences.examples import Example
+from selm_jax.run.data import Data
+from selm_jax.run.inputs import digests_of
+from selm_jax.run.task import task_of
+from selm_jax.shell import artifacts
 from selm_jax.sweep.grid import read_sweep
 from selm_jax.text.chat import Message
 
@@ -123,6 +128,88 @@ def test_each_arm_changes_one_thing(monkeypatch):
     dpo, geb, best_of_4 = (m.experiment for m in grid.members[:3])
     assert dpo.candidates == geb.candidates and dpo.objective != geb.objective
     assert dpo.objective == best_of_4.objective and best_of_4.candidates.samples == 4
+
+
+class Counted:
+    """Stands in for `Measure`: it counts the runs that are measured."""
+
+    measured: ClassVar[list[tuple[str, int]]] = []
+
+    def of_run(self, member):
+        self.measured.append((member.cell.name, member.seed))
+        named = {"method": member.cell.name, "seed": member.seed}
+        return named | results.digests_of(member.folder) | {"regret": [1.0]}
+
+
+@pytest.fixture
+def members(tmp_path, monkeypatch):
+    """The sweep's runs of seed 0, with inputs and runs in a temporary folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "Measure", Counted)
+    monkeypatch.setattr(Counted, "measured", [])
+    hide(tmp_path, "This")
+    return read_sweep(ROOT / "experiments/needle/sweep.yaml", seeds=[0]).members
+
+
+def hide(folder: Path, opening: str) -> None:
+    inputs = folder / oracle.FOLDER
+    inputs.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"prompt_id": f"p{i}", "prompt": f"Tell me {i}.", "openings": [opening]} for i in range(44)
+    ]
+    (inputs / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def finish(member, experiment: str = "e0") -> None:
+    """Writes what a finished run has in its folder, as far as it is read."""
+    data = Data(member.experiment, task_of(member.experiment.objective), None)
+    for t, stage in ((1, "generate"), (3, "export")):
+        (member.folder / f"iteration_{t}").mkdir(parents=True, exist_ok=True)
+        inputs = digests_of({"prompts": data.prompts(t)})
+        artifacts.Stages(member.folder / f"iteration_{t}").finish(stage, inputs, {}, {}, {}, 0.0)
+    artifacts.write_sealed(member.folder / "manifest.json", {"config_sha256": experiment})
+
+
+def test_a_run_is_measured_once_and_again_if_its_digests_are_others(members, tmp_path):
+    finish(members[0])
+    finish(members[1])
+    records = results.read_runs(members)
+    assert Counted.measured == [("dpo", 0), ("geb", 0)]
+    assert len({r["openings"] for r in records}) == 1 and records[0]["experiment"] == "e0"
+    assert results.read_runs(members, records) == records and len(Counted.measured) == 2
+
+    finish(members[0], experiment="e1")
+    records = results.read_runs(members, records)
+    assert Counted.measured[2:] == [("dpo", 0)] and records[0]["experiment"] == "e1"
+
+    hide(tmp_path, "Imagine")  # both runs are made again with other openings
+    finish(members[0])
+    finish(members[1])
+    again = results.read_runs(members, records)
+    assert Counted.measured[3:] == [("dpo", 0), ("geb", 0)]
+    assert {r["openings"] for r in again}.isdisjoint(r["openings"] for r in records)
+
+
+def test_records_and_runs_of_other_openings_are_refused(members, tmp_path):
+    finish(members[0])
+    (record,) = results.read_runs(members)
+    kept = record | {"method": "geb", "experiment": None}  # its run is not here
+    assert results.read_runs(members, [kept])[1] == kept
+    undigested = {k: v for k, v in kept.items() if k != "openings"}
+    for other in (kept | {"openings": "0" * 64}, undigested):
+        with pytest.raises(ValueError, match=r"record of geb, seed 0, in .*needle.json, belongs"):
+            results.read_runs(members, [other])
+    hide(tmp_path, "Imagine")
+    with pytest.raises(ValueError, match=r"run of dpo, seed 0, in .*seed_0, belongs to other"):
+        results.read_runs(members, [record])
+    assert Counted.measured == [("dpo", 0), ("dpo", 0)]
+
+
+def test_each_record_of_the_document_names_its_openings():
+    records = json.loads(results.RECORDS.read_text(encoding="utf-8"))
+    assert all(len(r["openings"]) == 64 and "experiment" in r for r in records)
+    of_seed = {(r["seed"], r["openings"]) for r in records}
+    assert len(of_seed) == len({r["seed"] for r in records})  # each seed has its own prompts
 
 
 def test_tables_compare_the_seeds_that_all_methods_have():

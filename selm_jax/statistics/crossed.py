@@ -13,6 +13,7 @@ seeds are too few: 84 of 100 cases if seeds differ much.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,9 +63,22 @@ def difference(
     by_prompt = values.mean(0) - others.mean(0)
     samples = [by_prompt, *(each.mean(1) for each in (values, others))]
     parts = [(float(x.var(ddof=1)) / len(x), len(x) - 1) for x in samples if len(x) > 1]
+    return independent(float(by_prompt.mean()), parts)
+
+
+def independent(mean: float, parts: Sequence[tuple[float, float]]) -> Mean:
+    """A mean whose variance is the sum of independent estimates.
+
+    Args:
+      parts: each estimated variance with its degrees of freedom.
+    """
     total = sum(part for part, _ in parts)
-    freedom = total**2 / sum(part**2 / free for part, free in parts) if total else 1.0
-    return Mean(float(by_prompt.mean()), total**0.5, freedom)
+    return Mean(mean, total**0.5, _freedom(total, parts) if total else 1.0)
+
+
+def _freedom(variance: float, parts: Iterable[tuple[float, float]]) -> float:
+    """The degrees of freedom of a sum or difference of estimated variances (Satterthwaite)."""
+    return variance**2 / sum(part**2 / free for part, free in parts)
 
 
 def _variance(values: Float[np.ndarray, "seeds prompts"]) -> tuple[float, float]:
@@ -84,4 +98,4 @@ def _variance(values: Float[np.ndarray, "seeds prompts"]) -> tuple[float, float]
         most = max((of_seed, float(free[0])), (of_prompt, float(free[1])))
         return most if most[0] > 0 else (of_rest, float(free[2]))
     parts = zip((of_seed, of_prompt, of_rest), free, strict=True)
-    return total, total**2 / sum(part**2 / f for part, f in parts)
+    return total, _freedom(total, parts)

@@ -132,28 +132,53 @@ def parts(
 
 
 def stratified(
-    strata: Sequence[Float[np.ndarray, " _"]], shares: Sequence[float]
-) -> Float[np.ndarray, " prompts"]:
-    """The part of each prompt in the weighted mean of the means of strata, such as several tasks.
+    strata: Sequence[Float[np.ndarray, " _"]],
+    weights: Sequence[float],
+    others: Sequence[Float[np.ndarray, " _"]] | None = None,
+    *,
+    share: bool = False,
+) -> Estimate | None:
+    """The weighted mean of the means of strata, such as several tasks, or its paired difference.
 
-    The mean of the parts is the weighted mean, and their standard error is that of stratified
-    sampling, in which only prompts within a stratum vary (Cochran, Sampling Techniques, 1977,
-    section 5.4). An interval counts all prompts as equal, so it is too short if a stratum of few
-    prompts has a large share.
+    Its standard error is that of stratified sampling, in which only prompts within a stratum vary
+    (Cochran, Sampling Techniques, 1977, section 5.4). Its degrees of freedom are Welch's
+    (Biometrika 34, 1947, after Satterthwaite), which are few if a stratum of few prompts has a
+    large weight. A share has the interval of as many prompts as, equally weighted, would have its
+    variance if all strata were alike (Kish, Survey Sampling, 1965, section 11.7).
+
+    Returns None if a value is not finite.
 
     Args:
-      strata: the values of each stratum's prompts, of which there are at least two.
-      shares: the weight of each stratum; their sum is 1.
+      strata: the values of each stratum's prompts, of which there are at least two: one does not
+        show how much others differ.
+      weights: the weight of each stratum.
+      others: what to subtract from `strata`, prompt by prompt.
+      share: whether the values are from 0 to 1 and the weights have a sum of 1.
+
+    Raises:
+      ValueError: a stratum has fewer than two values.
     """
-    total = sum(map(len, strata))
-    mean = sum(share * values.mean() for share, values in zip(shares, strata, strict=True))
-    found = []
-    for share, values in zip(shares, strata, strict=True):
-        # The root turns the divisor of one variance over all prompts into each stratum's own.
-        count = len(values)
-        scale = share * total / count * np.sqrt(count / (count - 1) * (total - 1) / total)
-        found.append(mean + scale * (values - values.mean()))
-    return np.concatenate(found)
+    if (smallest := min(map(len, strata))) < 2:
+        raise ValueError(
+            f"the smallest stratum has {smallest} values; each needs two, to show how much they "
+            "differ. Leave the interval out"
+        )
+    gaps = list(strata)
+    if others is not None:
+        gaps = [mine - other for mine, other in zip(strata, others, strict=True)]
+    if not all(np.isfinite(values).all() for values in gaps):
+        return None
+    mean = sum(w * float(values.mean()) for w, values in zip(weights, gaps, strict=True))
+    parts = [
+        (w**2 * float(values.var(ddof=1)) / len(values), float(len(values) - 1))
+        for w, values in zip(weights, gaps, strict=True)
+    ]
+    alike = 1 / sum(w**2 / len(values) for w, values in zip(weights, gaps, strict=True))
+    around = np.concatenate([mean + (values - values.mean()) for values in gaps])
+    largest = max(float(np.abs(values).max()) for values in [*strata, *(others or ())])
+    lowest = (0 if others is None else -1) if share else None
+    found = crossed.independent(mean, parts)
+    return _estimate(around[None], found, largest, 1, lowest, alike)
 
 
 def known(*tables: Float[np.ndarray, "_ prompts"]) -> list[Float[np.ndarray, "_ known"]]:
@@ -168,6 +193,7 @@ def _estimate(
     largest: float,
     seeds: int,
     least: int | None,
+    alike: float | None = None,
 ) -> Estimate:
     """Makes the `Estimate` of the mean of `gaps`.
 
@@ -177,11 +203,12 @@ def _estimate(
       largest: the largest magnitude of the values that were subtracted.
       seeds: the number of seeds to report.
       least: the smallest possible value of a share, 0 or -1; None if the mean is not a share.
+      alike: the number of equally weighted prompts that strata are worth; None without strata.
     """
     mean, prompts = float(gaps.mean()), gaps.shape[1]
     stderr = None if found is None else found.stderr
     if least is not None:
-        share = _share(gaps, found, least)
+        share = _share(gaps, found, least, alike)
         low, high = (least + (1 - least) * end for end in share.interval())
         p = share.p(-least / (1 - least)) if least else None
         return Estimate(mean, stderr, low, high, p, seeds, prompts)
@@ -194,16 +221,20 @@ def _estimate(
 
 
 def _share(
-    gaps: Float[np.ndarray, "seeds prompts"], found: crossed.Mean | None, least: int
+    gaps: Float[np.ndarray, "seeds prompts"],
+    found: crossed.Mean | None,
+    least: int,
+    alike: float | None,
 ) -> proportions.Share:
     """Rescales values in the range from `least` to 1 to the range from 0 to 1, as a `Share`.
 
-    With several seeds, a part of the sum of squares is the constant that `proportions` adds. This
-    part is known exactly, so there are more degrees of freedom (Satterthwaite) than the seeds give.
+    With several seeds or strata, a part of the sum of squares is the constant that `proportions`
+    adds. This part is known exactly, so there are more degrees of freedom (Satterthwaite) than
+    `found` has.
     """
-    if len(gaps) == 1 or found is None:
+    if alike is None and len(gaps) == 1 or found is None:
         return proportions.Share.of((gaps.ravel() - least) / (1 - least))
-    width, prompts = 1 - least, gaps.shape[1]
+    width, prompts = 1 - least, alike or gaps.shape[1]
     mean, squares = (found.mean - least) / width, (prompts * found.stderr / width) ** 2
     dispersion = proportions.dispersion(squares, prompts * mean * (1 - mean))
     freedom = found.freedom * (1 + proportions.ADDED / squares) ** 2 if squares else np.inf

@@ -31,13 +31,13 @@ class Share:
 
     Attributes:
       mean: the share.
-      count: number of prompts.
+      count: number of prompts; of weighted strata that of equally weighted prompts.
       dispersion: see the function `dispersion`.
       freedom: degrees of freedom of `dispersion`; infinite if only a share is observed.
     """
 
     mean: float
-    count: int
+    count: float
     dispersion: float
     freedom: float = np.inf
 

@@ -103,8 +103,9 @@ def test_a_group_is_one_number_whose_change_is_paired_and_stratified():
     assert (found["tasks/land/acc"], found["tasks/land/acc_stderr"]) == (mine[0].value, 0.5)
     gaps = [a - b for a, b in zip(after, before, strict=True)]
     change = sum(share * gap.mean() for share, gap in zip(shares, gaps, strict=True))
-    error = np.sqrt(sum((s * stats.sem(gap)) ** 2 for s, gap in zip(shares, gaps, strict=True)))
-    low, high = stats.t.interval(0.95, sum(sizes) - 1, change, error)
+    scaled = [share * gap for share, gap in zip(shares, gaps, strict=True)]
+    welch = stats.ttest_ind(scaled[0], -scaled[1], equal_var=False)
+    low, high = welch.confidence_interval()
     assert found["tasks/land/acc_change"] == pytest.approx(change)
     assert found["tasks/land/acc_change_low"] == pytest.approx(low)
     assert found["tasks/land/acc_change_high"] == pytest.approx(high) and high < 0
@@ -119,7 +120,10 @@ def test_a_group_that_lost_everything_is_noticed_and_one_of_single_questions_has
     found = task_scores.summarize(mine, group(right, (0.5, 0.5)))
     assert found["tasks/land/acc_change_high"] < 0 and found["tasks/fallen"] == 1
     alone = group([[1.0], [0.0]], (0.5, 0.5), stderr=None)
-    assert task_scores.summarize(alone, alone) == {"tasks/land/acc": 0.5, "tasks/fallen": 0}
+    found = task_scores.summarize(alone, alone)
+    assert found == {"tasks/land/acc": 0.5, "tasks/fallen": 0}
+    (line,) = task_scores.lines(alone, found)
+    assert line == "land, acc: 0.5, no interval, because river has one question only"
 
 
 @pytest.mark.parametrize(

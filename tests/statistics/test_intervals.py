@@ -142,11 +142,40 @@ def test_a_weighted_mean_over_strata_that_differ_much():
     sizes, shares = (4, 15, 40), (0.2, 0.5, 0.3)
     for _ in range(DRAWS):
         strata = [rng.normal(5 * k, 1 + k, n) for k, n in enumerate(sizes)]
-        found.append(pooled(stratified(strata, shares)[None]))
+        found.append(stratified(strata, shares))
     truth = 5 * (shares[1] + 2 * shares[2])
     assert 0.93 <= held(found, truth) <= 0.97
     strata_error = [s * stats.sem(v) for s, v in zip(shares, strata, strict=True)]
     assert found[-1].stderr == pytest.approx(np.linalg.norm(strata_error))
+
+
+def test_a_stratum_of_few_prompts_with_a_large_weight_makes_the_interval_wide():
+    """Student's t over all prompts, which counts them alike, holds the truth too seldom."""
+    rng, found = np.random.default_rng(5), []
+    for _ in range(DRAWS):
+        found.append(stratified([rng.normal(size=4), rng.normal(3, 2, 100)], (0.9, 0.1)))
+    assert 0.93 <= held(found, 0.3) <= 0.97
+    half = stats.t.ppf(0.975, 103)
+    naive = [abs(e.mean - 0.3) <= half * e.stderr for e in found]
+    assert np.mean(naive) < 0.89
+    assert all((e.p < 0.05) == (not e.low <= 0 <= e.high) for e in found)
+
+
+@pytest.mark.parametrize("p", [(0.6, 0.8), (0.9, 0.3)])
+def test_a_share_over_strata_of_unequal_weight_holds_the_truth(p):
+    rng, sizes, weights = np.random.default_rng(6), (8, 200), (0.8, 0.2)
+    truth = np.dot(weights, p)
+    found, gains = [], []
+    for _ in range(400):
+        once, again = (
+            [(rng.random(n) < each).astype(float) for n, each in zip(sizes, p, strict=True)]
+            for _ in range(2)
+        )
+        found.append(stratified(once, weights, share=True))
+        gains.append(stratified(once, weights, again, share=True))
+        assert 0 <= found[-1].low <= found[-1].mean <= found[-1].high <= 1
+    assert held(found, truth) >= 0.92 and held(gains) >= 0.92
+    assert all((e.p < 0.05) == (not e.low <= 0 <= e.high) for e in gains)
 
 
 # --- what they are ------------------------------------------------------------------------------
@@ -161,6 +190,26 @@ def test_one_seed_is_students_t_and_a_gain_the_paired_test():
         assert (got.low, got.high) == pytest.approx(tuple(want.confidence_interval()))
         assert got.p == pytest.approx(want.pvalue) and (got.seeds, got.prompts) == (1, 60)
     assert pooled(x[None]).stderr == pytest.approx(stats.sem(x))
+
+
+@pytest.mark.parametrize("weights", [(1, -1), (0.5, 0.5)])
+def test_two_strata_are_welchs_test(weights):
+    x, y = np.random.default_rng(0).gamma(2, size=30), np.random.default_rng(1).normal(size=7)
+    got = stratified([x, y], weights)
+    want = stats.ttest_ind(x * weights[0], -y * weights[1], equal_var=False)
+    assert (got.low, got.high) == pytest.approx(tuple(want.confidence_interval()))
+    assert got.p == pytest.approx(want.pvalue) and got.prompts == 37
+    before = [np.sin(x), np.cos(y)]
+    assert stratified([x + before[0], y + before[1]], weights, before).low == pytest.approx(got.low)
+
+
+def test_strata_weighted_by_their_sizes_have_the_share_of_all_prompts():
+    rng = np.random.default_rng(0)
+    strata = [(rng.random(n) < 0.7).astype(float) for n in (400, 600)]
+    got, want = (
+        stratified(strata, (0.4, 0.6), share=True), pooled(np.hstack(strata)[None], share=True)
+    )  # fmt: skip
+    assert (got.low, got.high) == pytest.approx((want.low, want.high), abs=1e-3)
 
 
 def test_several_seeds_bring_their_own_spread_along():
@@ -196,6 +245,23 @@ def test_one_prompt_or_equal_values_have_no_interval_and_say_so():
         assert (got.stderr, got.low, got.high, got.p) == (0, None, None, None)
         assert str(got) == "2.000 (no interval: all values are equal)"
     assert pooled(np.zeros((3, 4))).p == 1.0  # nothing to claim
+
+
+def test_all_right_in_strata_is_worth_as_much_as_the_heavy_one():
+    """Three questions with a weight of 0.9 are little more than three; 203 would be Wilson's."""
+    right = [np.ones(3), np.ones(200)]
+    got, three = stratified(right, (0.9, 0.1), share=True), pooled(np.ones((1, 3)), share=True)
+    assert three.low < got.low < three.low + 0.1 and got.high == 1
+    same = stratified(right, (0.9, 0.1), right, share=True)
+    assert same.mean == 0 and same.low < -0.3
+
+
+def test_strata_of_one_prompt_are_refused_and_unknown_values_have_no_mean():
+    with pytest.raises(ValueError, match="each needs two"):
+        stratified([np.ones(1), np.ones(9)], (0.5, 0.5))
+    assert stratified([np.array([1.0, np.nan]), np.ones(9)], (0.5, 0.5)) is None
+    equal = stratified([np.ones(2), np.ones(9) / 3], (0.5, 0.5))
+    assert (equal.stderr, equal.low) == (0, None)
 
 
 def test_what_rounding_leaves_of_equal_gaps_is_no_interval():

@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from selm_jax.lab.compare_page import by_landscape, in_markdown, markdown, where
+from selm_jax.lab.compare_page import markdown, of_controls, where
 from selm_jax.lab.stats import Record
 
 DOCS = Path(__file__).parent
@@ -26,9 +26,9 @@ def exploration(text: str, compared: list[Record]) -> str:
 
 
 def acquisition(text: str, compared: list[Record]) -> str:
-    """The document with its table of acquisition rules replaced by that of the records."""
+    """The document with its tables of acquisition rules replaced by those of the records."""
     begin, end = RULES
-    return _between(text, begin, in_markdown(*by_landscape(compared)), end)
+    return _between(text, begin, of_controls(compared), end)
 
 
 def _between(text: str, begin: str, table: str, end: str) -> str:

@@ -2,13 +2,15 @@
 
 Each round draws plain online DPO's pairs for a pool of prompts. A rule chooses which of the pairs
 are labelled, and plain DPO is fitted to them. The rules are those of `preferences.acquisition`, as
-functions of arrays; `random` is the control. Queries, worlds and random numbers are equal, and a
-pair costs nothing until it is labelled.
+functions of arrays; `random` is the control. A second control, `random_distinct`, shows how much of
+a rule's gain comes only from avoiding pairs of two equal responses, whose label says nothing.
+Queries, worlds and random numbers are equal, and a pair costs nothing until it is labelled.
 
-    random       the first pairs of the pool, which was drawn at random
-    reward_gap   the pairs whose implicit rewards differ most. arXiv 2402.08114
-    entropy      the pairs whose response of the policy has the lowest probability. arXiv 2402.08114
-    d_optimal    the pairs whose last-layer features say most together. arXiv 2503.01076
+    random           the first pairs of the pool, which was drawn at random
+    random_distinct  the first pairs of the pool that have two different responses
+    reward_gap       the pairs whose implicit rewards differ most. arXiv 2402.08114
+    entropy          the pairs whose response of the policy is the least likely. arXiv 2402.08114
+    d_optimal        the pairs whose last-layer features say most together. arXiv 2503.01076
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ from selm_jax.lab.worlds import LANDSCAPES, Table, World, WorldShape, make_world
 from selm_jax.objectives.losses import dpo
 
 POOL = 16  # pairs, of which a round labels as many as `Length.queries` says
-CONTROL = "random"
 
 Values = Float[Array, " pool"]
 Asked = Int[Array, " queries"]
@@ -58,6 +59,14 @@ def highest(values: Values, queries: int) -> Asked:
 def random(pool: Pool, queries: int) -> Asked:
     """The control: the indices [queries] of the pool's first pairs, which are random as it is."""
     return highest(jnp.zeros(len(pool.prompt)), queries)
+
+
+def random_distinct(pool: Pool, queries: int) -> Asked:
+    """The second control: the indices [queries] of the first pairs of two different responses.
+
+    Pairs of two equal ones come after them, if there are too few others.
+    """
+    return highest((pool.first != pool.second).astype(jnp.float32), queries)
 
 
 def reward_gap(pool: Pool, queries: int) -> Asked:
@@ -100,8 +109,12 @@ def d_optimal(pool: Pool, queries: int) -> Asked:
     return jax.lax.scan(step, start, None, queries)[1]
 
 
-RULES: tuple[Callable[[Pool, int], Asked], ...] = (random, reward_gap, entropy, d_optimal)
+CONTROLS: tuple[Callable[[Pool, int], Asked], ...] = (random, random_distinct)
+RULES = (*CONTROLS, reward_gap, entropy, d_optimal)
 NAMES = tuple(rule.__name__ for rule in RULES)
+COMPARED = tuple(  # each rule with each control that stands before it
+    (name, control.__name__) for i, control in enumerate(CONTROLS) for name in NAMES[i + 1 :]
+)
 
 
 @flax.struct.dataclass
@@ -201,22 +214,35 @@ def compare(
     size: int = POOL,
     places: Sequence[Place] = PLACES,
 ) -> Iterator[list[Record]]:
-    """Yields, for each place, the rules' records against the control, not yet corrected."""
+    """Yields, for each place, the rules' records against both controls, not yet corrected."""
     key, which = jax.random.key(seed), jnp.arange(seeds)
     for place in places:
         of_place = WorldShape(shape.prompts, shape.responses, place.dimension, shape.beta)
         one = program(of_place, length, size)
         regret = {name: np.asarray(one(key, which, Entry.of(place, name))) for name in NAMES}
         yield [
-            _record(name, place, regret[name], regret[CONTROL]) for name in NAMES if name != CONTROL
+            _record(name, control, place, regret[name], regret[control])
+            for name, control in COMPARED
         ]
 
 
-def _record(name: str, place: Place, regret: np.ndarray, base: np.ndarray) -> Record:
+def correct(records: Sequence[Record]) -> list[Record]:
+    """Adds Holm-corrected p-values; the comparisons with each control are a family of their own."""
+    families = [against(records, control.__name__) for control in CONTROLS]
+    return [r for family in families for r in stats.correct(family)]
+
+
+def against(records: Sequence[Record], control: str) -> list[Record]:
+    """The records that compare a rule with this control."""
+    return [r for r in records if r["control"] == control]
+
+
+def _record(name: str, control: str, place: Place, regret: np.ndarray, base: np.ndarray) -> Record:
     last = regret[:, -1].mean(dtype=np.float64) / base[:, -1].mean(dtype=np.float64) - 1
     return {
         "effect": "best",
         "arm": name,
+        "control": control,
         "landscape": place.landscape,
         "condition": place.condition,
         **stats.compare(regret.sum(-1, dtype=np.float64), base.sum(-1, dtype=np.float64)),

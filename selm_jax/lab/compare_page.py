@@ -80,6 +80,15 @@ def by_landscape(compared: Sequence[Record]) -> tuple[list[str], list[list[str]]
     return columns[:end], [line[:end] for line in lines]
 
 
+def of_controls(compared: Sequence[Record]) -> str:
+    """A table in Markdown, as `by_landscape` has it, for each control that records name."""
+    tables = []
+    for control in dict.fromkeys(r["control"] for r in compared):
+        (_, *columns), lines = by_landscape([r for r in compared if r["control"] == control])
+        tables.append(in_markdown([f"against `{control}`", *columns], lines))
+    return "\n".join(tables)
+
+
 def markdown(compared: Sequence[Record]) -> str:
     """The table in Markdown."""
     return in_markdown(*rows(compared))

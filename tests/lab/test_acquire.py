@@ -76,6 +76,14 @@ def test_without_an_opinion_a_rule_asks_about_the_first_pairs(pool):
     assert acquire.d_optimal(nothing, 4).tolist() == [0, 1, 2, 3]
 
 
+def test_the_second_control_takes_the_first_pairs_of_two_different_responses(pool):
+    first = pool.second.at[jnp.array([1, 4, 5])].add(1)  # only these are different
+    found = acquire.random_distinct(pool._replace(first=first), 5)
+    assert found.tolist() == [1, 4, 5, 0, 2]
+    every = [i for i in range(12) if pool.first[i] != pool.second[i]]
+    assert acquire.random_distinct(pool, len(every)).tolist() == every
+
+
 def test_a_table_has_a_feature_for_each_response_to_each_prompt(world):
     w = world(dimension=None, prompts=2, responses=4)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -102,7 +110,7 @@ def test_the_pool_has_the_samplers_distribution(world):
 
 def test_every_acquisition_of_the_pipeline_is_a_rule():
     named = {name for part in Acquisition.__args__ for name in getattr(part, "__args__", (part,))}
-    assert named == set(acquire.NAMES)
+    assert named == set(acquire.NAMES) - {"random_distinct"}
 
 
 def tiny(seeds=6):
@@ -114,10 +122,19 @@ def tiny(seeds=6):
 def test_two_runs_are_equal_and_the_rules_differ():
     once = tiny()
     assert json.dumps(once) == json.dumps(tiny())
-    assert [(r["landscape"], r["arm"]) for r in once] == [
-        (place, rule) for place in ("needle", "cyclic") for rule in acquire.NAMES[1:]
+    pairs = [(rule, "random") for rule in acquire.NAMES[1:]]
+    pairs += [(rule, "random_distinct") for rule in acquire.NAMES[2:]]
+    assert [(r["landscape"], r["arm"], r["control"]) for r in once] == [
+        (place, *pair) for place in ("needle", "cyclic") for pair in pairs
     ]
     assert len({r["difference"] for r in once}) == len(once)
+
+
+def test_each_control_has_a_family_of_tests():
+    records = [
+        {"control": control.__name__, "p": p} for control in acquire.CONTROLS for p in (0.01, 0.04)
+    ]
+    assert [r["p_holm"] for r in acquire.correct(records)] == pytest.approx([0.02, 0.04] * 2)
 
 
 def test_a_pool_as_large_as_the_budget_leaves_no_choice():
@@ -133,22 +150,28 @@ def test_the_command_writes_the_table_the_page_and_the_numbers(monkeypatch, tmp_
         rng = np.random.default_rng(seed)
         base = rng.normal(3, 0.2, (1, seeds)).repeat(2, 0)
         for landscape in LANDSCAPES:
-            gaps = {"reward_gap": -1.0, "entropy": 0.5, "d_optimal": 0.0}
+            gaps = {"random_distinct": 0.0, "reward_gap": -1.0, "entropy": 0.5, "d_optimal": 0.0}
             yield [
                 acquire._record(
-                    name, Place(landscape), (base + gap / 2 + rng.normal(0, 0.01, seeds)).T, base.T
+                    name, control, Place(landscape),
+                    (base + gaps[name] / 2 + rng.normal(0, 0.01, seeds)).T, base.T,
                 )
-                for name, gap in gaps.items()
-            ]
+                for name, control in acquire.COMPARED
+            ]  # fmt: skip
 
     monkeypatch.setattr(acquire, "compare", compare)
     told = CliRunner().invoke(
         command.app, ["acquire", "--seeds", "16", "--out", str(tmp_path)], catch_exceptions=False
     )
     lines = (tmp_path / "lab_acquire.md").read_text().splitlines()
-    assert lines[0] == "| method | two_peaks | needle | smooth | random | wrong | cyclic | all |"
-    assert lines[2].startswith("| `reward_gap` | −") and lines[2].endswith("| 6 / 0 |")
-    assert lines[3].endswith("| 0 / 6 |") and lines[0] in told.output
-    assert len(json.loads((tmp_path / "lab_acquire.json").read_text())) == 18
+    columns = "| two_peaks | needle | smooth | random | wrong | cyclic | all |"
+    assert lines[0] == f"| against `random` {columns}" and lines[0] in told.output
+    assert lines[2].startswith("| `random_distinct` |") and lines[2].endswith("| 0 / 0 |")
+    assert lines[3].startswith("| `reward_gap` | −") and lines[3].endswith("| 6 / 0 |")
+    assert lines[4].endswith("| 0 / 6 |") and lines[6] == ""
+    assert lines[7] == f"| against `random_distinct` {columns}"
+    assert lines[9].startswith("| `reward_gap` | −") and lines[9].endswith("| 6 / 0 |")
+    assert len(json.loads((tmp_path / "lab_acquire.json").read_text())) == 6 * 7
     page = (tmp_path / "lab_acquire.html").read_text()
     assert "reward_gap, compared with random prompts: less regret in" in page
+    assert "compared with random prompts with two different responses: less regret in" in page

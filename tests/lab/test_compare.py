@@ -198,8 +198,23 @@ def test_the_document_has_the_committed_table_of_acquisition_rules():
     found = json.loads((DOCS / "images/lab_acquire.json").read_text())
     text = (DOCS / "exploration.md").read_text()
     assert runpy.run_path(str(DOCS / "exploration.py"))["acquisition"](text, found) == text
-    for rule, less, more in (("d_optimal", 37, 1), ("entropy", 16, 3), ("reward_gap", 9, 14)):
-        assert compare_page.counts([r for r in found if r["arm"] == rule]) == (less, more)
+    for control, rule, less, more in (
+        ("random", "random_distinct", 30, 1),
+        ("random", "d_optimal", 35, 1),
+        ("random", "entropy", 15, 3),
+        ("random", "reward_gap", 9, 14),
+        ("random_distinct", "d_optimal", 14, 0),
+        ("random_distinct", "entropy", 3, 5),
+        ("random_distinct", "reward_gap", 7, 26),
+    ):
+        mine = [r for r in found if (r["arm"], r["control"]) == (rule, control)]
+        assert compare_page.counts(mine) == (less, more)
+    gain = {
+        rule: sum(r["difference"] for r in found if (r["arm"], r["control"]) == (rule, "random"))
+        for rule in ("random_distinct", "d_optimal", "entropy")
+    }
+    assert gain["random_distinct"] / gain["d_optimal"] == pytest.approx(0.37, abs=0.005)
+    assert gain["random_distinct"] < gain["entropy"] < 0
 
 
 def test_the_document_counts_what_the_committed_numbers_count(committed):

@@ -26,7 +26,7 @@ from selm_jax.run.folder import StageLog
 from selm_jax.run.inputs import Model, StoredTable, Training, digests_of
 from selm_jax.run.memory import advice, out_of_memory
 from selm_jax.run.task import Task
-from selm_jax.shell import artifacts, jsonl
+from selm_jax.shell import artifacts, compiling, jsonl
 from selm_jax.shell import mirror as mirrors
 from selm_jax.shell.memory import release, until_it_fits
 from selm_jax.shell.pace import here
@@ -191,7 +191,7 @@ class _Call:
             self._clear(self.stage.ends)
             return False
         self._follow(self.stage.goes_on_from)
-        began = time.perf_counter()
+        began, built = time.perf_counter(), compiling.spent()
         share = self.stage.shared
         store = self.run.store if share is True or (share and share(step.settings)) else None
         # Sizes that are `auto` only round the results, so runs with other sizes share them, too.
@@ -202,7 +202,7 @@ class _Call:
         counts = self._work() if found is None else self._taken(step, found)
         multihost.barrier()
         artifacts.wait_for(outputs.values())
-        seconds = time.perf_counter() - began
+        seconds, built = time.perf_counter() - began, compiling.spent() - built
 
         def finish() -> None:
             here = None if store is None else store.name_of(self.run.folder.path)
@@ -230,8 +230,9 @@ class _Call:
         self._follow(self.stage.scratch)
         self._clear(self.stage.ends)
         release()  # or this stage's memory would add to the next stage's peak
-        note = "" if found is None else f"as {found['run']}"
-        self.run.say(self.name, self.t, counts, seconds, note)
+        notes = [f"{built:.0f} s spent on compiling"] if built >= 1 else []
+        notes += [] if found is None else [f"as {found['run']}"]
+        self.run.say(self.name, self.t, counts, seconds, ", ".join(notes))
         return True
 
     def _work(self) -> Counts:

@@ -81,7 +81,10 @@ def run_stage(run: Run, name: str, t: int) -> None:
     run.wanted = Wanted(name, t)
     with held(run):
         try:
-            measure(run, 0, run.start) if t == 0 else iteration(run, t, run.policy(t - 1))
+            if t == 0:
+                measure(run, 0, run.start)
+            else:
+                iteration(run, t, run.policy(t - 1))
             run.write_manifest()
         except FileNotFoundError as e:
             raise artifacts.ArtifactError(

@@ -5,7 +5,7 @@ lengths and counts. The memory is that of the machine, or what is free if that i
 decide how long a run takes and whether it fits. They do not decide what it computes, except that
 matrix products of other shapes are rounded differently.
 
-    choose(generation, training, room, fixed) -> BatchSizes
+    choose(generation, training, room, platform, fixed) -> BatchSizes
     smaller(sizes, needs, fixed, floors) -> BatchSizes with the largest part halved
 
 All bytes are those of one device. What lies in memory for the whole stage is known exactly; what
@@ -47,7 +47,7 @@ LEAST = BatchSizes(slots=1, prefill_rows=1, rows=1, remat="full", chunk=32)
 _REMATS: tuple[Remat, ...] = get_args(Remat)
 
 _MOST_SLOTS = 256  # of a copy of the model; beyond that a step takes longer in proportion
-_STEP = 32  # a decoding step costs as much as this many slots, whatever the slots
+_STEP = 32  # the fixed cost of a decoding step, in slots
 # Tokens of a batch on a device with which its matrix products reach nearly their full speed. Each
 # batch of training also adds gradients, which takes a smaller share of a larger batch.
 _PREFILL, _TRAIN, _ELSEWHERE = {"cpu": 1024}, {"cpu": 2048}, 8192

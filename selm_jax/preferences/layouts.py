@@ -23,9 +23,9 @@ import numpy as np
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.packing import Shape, assign_rows, common_shape
 
-# In each batch, reading the model and adding its gradients takes as long as this many tokens. 75
-# were measured for 135 million parameters on a CPU; an accelerator's batches are much larger.
-BATCH = 64
+# The fixed cost of a batch, in tokens: reading the model and adding its gradients. 75 were measured
+# for 135 million parameters on a CPU; an accelerator's batches are much larger.
+BATCH_OVERHEAD = 64
 
 
 class Group(NamedTuple):
@@ -60,7 +60,7 @@ class OneShape:
 
         def cost(time: int) -> tuple[int, int]:
             batches = -(-len(assign_rows(some, time)) // self.rows)
-            return batches * (self.rows * time + BATCH), time
+            return batches * (self.rows * time + BATCH_OVERHEAD), time
 
         return min(row_lengths(max(e.tokens for e in examples)), key=cost)
 
@@ -140,9 +140,9 @@ def least_padding(
     """The number of rows and the row length with which batches of one shape have least padding.
 
     Each update is packed by itself, and empty rows fill its last batch. Every batch reads the whole
-    model, so it counts as `BATCH` tokens more, and there are never more batches than with `rows`
-    rows of the first length. Among equal shapes the one with fewer batches is taken, then the one
-    with shorter rows.
+    model, so it counts as `BATCH_OVERHEAD` tokens more, and there are never more batches than with
+    `rows` rows of the first length. Among equal shapes the one with fewer batches is taken, then
+    the one with shorter rows.
 
     Args:
       updates: the examples of each update.
@@ -166,7 +166,9 @@ def least_padding(
     sizes = range(ways, min(rows, enough) + 1, ways)
     shapes = [(batches(of, n), n, of) for n in lengths for of in sizes]
     _, _, length, of = min(
-        (count * (of * n + BATCH), count, n, of) for count, n, of in shapes if count <= most
+        (count * (of * n + BATCH_OVERHEAD), count, n, of)
+        for count, n, of in shapes
+        if count <= most
     )
     return of, length
 

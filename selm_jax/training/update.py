@@ -1,9 +1,9 @@
 """The jitted training update, which computes new parameters from packed batches.
 
-    sums = zero
-    for microbatch in update:                       any number of them
-        sums += gradients(params, microbatch)       summed over examples, not averaged
-    state, metrics = apply(state, sums, learning_rate)
+    grads, sums = gradients(params, first)                  summed over examples, not averaged
+    for microbatch in rest:                                 any number of them
+        grads, sums = add(grads, sums, params, microbatch)
+    state, metrics = apply(state, grads, sums, learning_rate)
 
 The loss of an example is a function of its responses' log-ratios (`objectives.losses`). The update
 averages over its `global_batch` examples exactly, whatever the packing, the number of microbatches
@@ -43,30 +43,17 @@ _SCORED, _LOADS = "_scored", "_loads"
 
 
 def response_logps(
-    decoder: Decoder,
-    params: Params,
-    batch: PreferenceBatch,
-    chunk: int,
-    adapters: Params | None = None,
-    key: Array | None = None,
+    decoder: Decoder, params: Params, batch: PreferenceBatch, chunk: int
 ) -> Float[Array, "rows segments branches"]:
-    """log pi(response | prompt) of every response in the batch; 0 where there is no response.
-
-    `key` seeds the dropout of the adapters; None means no dropout.
-    """
-    return batch.sum_by_response(scored_logps(decoder, params, batch, chunk, adapters, key))
+    """log pi(response | prompt) of every response in the batch; 0 where there is no response."""
+    return batch.sum_by_response(scored_logps(decoder, params, batch, chunk))
 
 
 def scored_logps(
-    decoder: Decoder,
-    params: Params,
-    batch: PreferenceBatch,
-    chunk: int,
-    adapters: Params | None = None,
-    key: Array | None = None,
+    decoder: Decoder, params: Params, batch: PreferenceBatch, chunk: int
 ) -> Float[Array, "rows scored"]:
     """log pi(token | context) of every scored token in the batch; see `response_logps`."""
-    return of_scored(token_logprobs, decoder, params, batch, chunk, adapters, key)[0]
+    return of_scored(token_logprobs, decoder, params, batch, chunk)[0]
 
 
 def of_scored(
@@ -79,6 +66,10 @@ def of_scored(
     key: Array | None = None,
 ) -> tuple[Any, Sums]:
     """Applies `head`, such as `token_statistics`, to every scored token in the batch.
+
+    Args:
+      adapters: variables of the decoder's `lora`; None for a decoder without adapters.
+      key: seeds the dropout of the adapters; None means no dropout.
 
     Returns:
       what `head` returns, and, if the model has experts, how many tokens each expert computes.

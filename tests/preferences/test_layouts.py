@@ -10,7 +10,7 @@ import pytest
 
 from selm_jax.preferences.examples import Example
 from selm_jax.preferences.layouts import (
-    BATCH,
+    BATCH_OVERHEAD,
     ByLength,
     OneShape,
     Trees,
@@ -118,7 +118,7 @@ def batches(updates, rows: int, time: int) -> int:
 
 def cost(updates, rows: int, time: int) -> int:
     """The places of all batches, each with as many more as reading the model costs."""
-    return batches(updates, rows, time) * (rows * time + BATCH)
+    return batches(updates, rows, time) * (rows * time + BATCH_OVERHEAD)
 
 
 @pytest.mark.parametrize(

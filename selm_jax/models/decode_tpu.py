@@ -101,6 +101,7 @@ def ragged(
 
     of_query = pl.BlockSpec((None, k, padded, h), lambda r, j, *_: (r, 0, 0, 0))
     of_cache = pl.BlockSpec((None, k, b, h), live)
+    of_lanes = pl.BlockSpec((None, k, padded, _LANES), lambda r, j, *_: (r, 0, 0, 0))
     per_query = pltpu.VMEM((k, padded, _LANES), jnp.float32)
     products = rows * k * padded * capacity  # with nothing skipped
     context, logsumexp = pl.pallas_call(
@@ -109,12 +110,12 @@ def ragged(
             num_scalar_prefetch=2,
             grid=(rows, blocks),
             in_specs=[of_query, of_cache, of_cache],
-            out_specs=(of_query, pl.BlockSpec((None, k, padded), lambda r, j, *_: (r, 0, 0))),
+            out_specs=(of_query, of_lanes),
             scratch_shapes=[per_query, per_query, pltpu.VMEM((k, padded, h), jnp.float32)],
         ),
         out_shape=(
             jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32),
+            jax.ShapeDtypeStruct((*query.shape[:-1], _LANES), jnp.float32),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
@@ -125,7 +126,7 @@ def ragged(
         interpret=interpret,
         name="decode_attention",
     )(first, length, query, keys, values)
-    return context[:, :, :group], logsumexp[:, :, :group]
+    return context[:, :, :group], logsumexp[:, :, :group, 0]  # all lanes are equal
 
 
 def block_of(k: int, capacity: int, h: int, item: int) -> int:
@@ -179,4 +180,5 @@ def _kernel(
     def _():
         safe = jnp.where(total[...] > 0, total[...], 1.0)
         out[...] = (context[...] / safe[..., :1]).astype(out.dtype)
-        logsumexp[...] = (most[...] + jnp.log(safe)).max(axis=2)  # all lanes are equal
+        # In all lanes: to turn one number a row into lanes takes a gather, which v4 does not have.
+        logsumexp[...] = most[...] + jnp.log(safe)

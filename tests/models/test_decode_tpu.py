@@ -143,7 +143,8 @@ def test_steps_compile_for_tpus_and_do_not_copy_the_cache(name, heads, k, h, cap
     # Where head_dim does not fill its lanes, XLA lays the cache out anew before the loop, padded,
     # for any back end. In the loop nothing is copied.
     padded = 0 if h % 128 == 0 else 2 * 16 * k * capacity * 128 * -(-h // 128) * 2
-    assert compiled.memory_analysis().temp_size_in_bytes < padded + 2**21
+    lanes = 16 * k * max(8, heads // k) * 128 * 4  # of the logsumexp
+    assert compiled.memory_analysis().temp_size_in_bytes < padded + lanes + 2**21
 
 
 @pytest.mark.slow

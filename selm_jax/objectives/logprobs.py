@@ -262,7 +262,7 @@ def _own_cut(w: Array, mesh: Mesh | None) -> tuple[Float[Array, "v d"], Any]:
 
 
 def _chunk(asked: int, targets: Int[Array, "r p"], mesh: Mesh | None) -> int:
-    """The number of tokens per row in one chunk: at most what is asked, and as few as there are.
+    """Chooses the number of tokens per row in one chunk; on a CPU it is at most `asked`.
 
     An accelerator reads the unembedding for every chunk, so with few tokens it would wait for its
     memory. Chunks share the tokens evenly, in multiples of 8: with 140 tokens in chunks of 128, the

@@ -57,12 +57,8 @@ class OneShape:
 
     def _fitted(self, examples: Sequence[Example]) -> int:
         some = examples[:: -(-len(examples) // self._LOOKED_AT)]
-
-        def cost(time: int) -> tuple[int, int]:
-            batches = -(-len(assign_rows(some, time)) // self.rows)
-            return batches * (self.rows * time + BATCH_OVERHEAD), time
-
-        return min(row_lengths(max(e.tokens for e in examples)), key=cost)
+        lengths = row_lengths(max(e.tokens for e in examples))
+        return least_padding([some], lengths, rows=self.rows, ways=self.rows)[1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -215,7 +215,7 @@ def shared_logps(
 
 
 def with_gradients_times(weights: Array, values: Array) -> Array:
-    """The same values, whose gradients are multiplied by the weights."""
+    """Returns the values unchanged, but multiplies their gradients by the weights."""
     fixed = jax.lax.stop_gradient(values)
     return fixed + weights * (values - fixed)
 

@@ -152,7 +152,7 @@ def test_a_stage_that_never_produced_anything_blocks_no_changed_setting(run, sta
 
 
 def shown(run: Path, width: int = 1000) -> str:
-    """What `selm show` prints, by default on a console so wide that no path breaks a line."""
+    """Returns what `selm show` prints; the default console is too wide for a path to be broken."""
     console = Console(file=io.StringIO(), width=width, markup=False)
     show(run, console)
     return console.file.getvalue()

@@ -204,7 +204,7 @@ def collectives(hlo: str) -> tuple[Counter, Counter]:
 
 
 def on_mesh(mesh):
-    """Where hidden states, targets, the unembedding and the weight of each token lie."""
+    """Returns the shardings of hidden states, targets, unembedding and token weights on a mesh."""
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     return rows, rows, NamedSharding(mesh, P("tensor", "fsdp")), rows
 

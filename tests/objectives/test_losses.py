@@ -94,10 +94,13 @@ def test_every_loss_equals_its_formula(name, seed, beta, alpha, e):  # Item 1
     mine = {key: mine[key] for key in EXAMPLES[name]}
     losses, metrics = build_objective(name, **mine)(logps)
     expected = formulas.each(name, logps, **mine)
-    # Rounding follows the largest numbers that are subtracted: losses, or the roots of squares.
-    power = {"nash": 1.0, "ipo": 0.5, "ipo_online": 0.5, "inpo": 0.5, "sppo": 0.5, "sppo_hard": 0.5}
-    scale = max(1, np.abs(expected).max() ** power.get(name, 0))
-    np.testing.assert_allclose(losses, expected, rtol=2e-5, atol=1e-5 * scale)
+    scale = max(1, np.abs(expected).max() if name == "nash" else 1)  # a difference of large numbers
+    if (
+        name == "ipo_online"
+    ):  # a square: its root is the difference, of margins of some hundred nats
+        np.testing.assert_allclose(np.sqrt(losses), np.sqrt(expected), rtol=1e-5, atol=5e-5)
+    else:
+        np.testing.assert_allclose(losses, expected, rtol=2e-5, atol=1e-5 * scale)
     terms = [value for key, value in metrics.items() if key.startswith("loss/")]
     np.testing.assert_array_equal(sum(terms), losses)
 

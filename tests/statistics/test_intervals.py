@@ -128,7 +128,7 @@ def test_a_gain_in_a_share_holds_the_truth(before, after, seeds):
 
 @pytest.mark.parametrize("questions", [10, 80])
 def test_a_mean_of_judgments_that_come_by_question(questions):
-    """As in MT-Bench: two turns per question, some of them unreadable."""
+    """Each question has two turns, as in MT-Bench, and some judgments are unreadable."""
     rng, found = np.random.default_rng(3), []
     for _ in range(DRAWS):
         counts = rng.integers(1, 3, questions)

@@ -81,7 +81,7 @@ def test_a_model_comes_back_as_it_was(tmp_path, name, change):
 
 
 def test_the_text_model_of_gemma_4_with_values_of_its_own_comes_back(tmp_path):
-    """As llama.cpp's converter takes it from a model that reads images, too."""
+    """llama.cpp's converter also takes this text model from a model that reads images."""
     golden, folder = GOLDEN / "gemma-4-images", tmp_path / "text"
     text, config = open_text(golden), text_part(json.loads((golden / "config.json").read_text()))
     expected = {name: text.read(name) for name in text.tensors}

@@ -95,9 +95,7 @@ def test_every_loss_equals_its_formula(name, seed, beta, alpha, e):  # Item 1
     losses, metrics = build_objective(name, **mine)(logps)
     expected = formulas.each(name, logps, **mine)
     scale = max(1, np.abs(expected).max() if name == "nash" else 1)  # a difference of large numbers
-    if (
-        name == "ipo_online"
-    ):  # a square: its root is the difference, of margins of some hundred nats
+    if name == "ipo_online":  # its root is a difference of margins of some hundred nats
         np.testing.assert_allclose(np.sqrt(losses), np.sqrt(expected), rtol=1e-5, atol=5e-5)
     else:
         np.testing.assert_allclose(losses, expected, rtol=2e-5, atol=1e-5 * scale)

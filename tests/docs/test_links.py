@@ -36,6 +36,12 @@ def test_links_lead_somewhere(page):
             )
 
 
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(pages.ROOT)))
+def test_no_line_begins_with_a_per_cent_sign(page):
+    """The site would take it for a comment and leave the line out."""
+    assert not re.findall(r"^ *%.*", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_what_the_first_change_takes_away_is_there():
     """The diff in CONTRIBUTING.md is of the code as it is: its context, and what it removes."""
     diffs = pages.blocks((pages.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), "diff")

@@ -14,6 +14,7 @@ from selm_jax.parallel import multihost
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts, compiling
 from selm_jax.shell import mirror as mirrors
+from selm_jax.shell.memory import share_one_heap
 from selm_jax.shell.progress import talks, terminal
 from selm_jax.shell.storage import is_url
 from selm_jax.weights.sources import cache_root
@@ -104,6 +105,7 @@ def last_generated(folder: Path) -> int:
 
 def set_up_jax() -> None:
     """Makes JAX keep compiled programs on disk, so that later runs need not compile them again."""
+    share_one_heap()
     jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # restarts add them up
     # Of two programs in flight on forced CPU devices, each can hold the threads that the other's

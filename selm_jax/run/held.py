@@ -13,11 +13,13 @@ from selm_jax.parallel import multihost
 from selm_jax.report import page
 from selm_jax.run.best import best_so_far
 from selm_jax.run.check import check
+from selm_jax.run.memory import has_plenty
 from selm_jax.run.remaining import entries_of, time_left
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.shell import artifacts
 from selm_jax.shell import mirror as mirrors
+from selm_jax.shell.memory import keep_freed
 from selm_jax.shell.one_process import as_another_of_its_run, only_one
 from selm_jax.shell.words import duration
 
@@ -39,6 +41,8 @@ def held(run: Run) -> Iterator[None]:
         artifacts.wait_for([run.folder.path])
         check(run)
         run.open()
+        chosen = run.sizes
+        keep_freed(has_plenty(filter(None, (chosen.generation, chosen.training)), chosen.sizes))
         multihost.listen()
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 
@@ -90,3 +91,36 @@ def test_other_errors_pass_unchanged_and_lower_nothing():
 
     with pytest.raises(JaxRuntimeError, match="INTERNAL"):
         memory.until_it_fits(broken, lower)
+
+
+KEPT = """
+import resource
+from selm_jax.shell import memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        bytearray(2**25)  # 32 MiB of zeros, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+memory.share_one_heap()
+usual = faults()
+memory.keep_freed()
+faults()
+kept, held = faults(), memory.held_now()
+memory.release()
+returned = held - memory.held_now()
+memory.keep_freed(False)
+print(usual, kept, returned, faults())
+"""
+
+
+@pytest.mark.skipif(memory._of_glibc("mallopt") is None, reason="the C library is not glibc")
+def test_freed_memory_is_kept_until_it_is_released():
+    """In a process of its own, whose heap no other test has cut up."""
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    usual, kept, returned, after = map(int, done.stdout.split())
+    pages = 2**25 // resource.getpagesize()
+    assert usual >= 4 * pages and after >= 4 * pages, "each array had new pages"
+    assert kept < pages
+    assert returned >= 0.9 * 2**25

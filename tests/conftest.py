@@ -77,6 +77,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--begin-within", type=float, default=math.inf, metavar="SECONDS",
         help="skip the tests whose turn comes later than this after the start",
     )  # fmt: skip
+    parser.addoption(
+        "--turn", type=int, default=0, metavar="NUMBER",
+        help="with --begin-within, begin elsewhere: each file is among the first fifth in one of "
+        "five consecutive turns",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -110,7 +115,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if not any(asked.startswith(f"{word}-") for word in mark.args):
                 item.add_marker("slow")
     if config.option.begin_within < math.inf:  # what is skipped should be what is rather known
+        items[:] = turned(items, config.option.turn)
         items.sort(key=lambda item: item.path.parent.name not in FIRST)
+
+
+def turned(items: list[pytest.Item], turn: int) -> list[pytest.Item]:
+    """The tests of all files, from another file on in each of five consecutive turns."""
+    files = list(dict.fromkeys(item.path for item in items))
+    first = turn % 5 * len(files) // 5
+    place = {file: (i - first) % len(files) for i, file in enumerate(files)}
+    return sorted(items, key=lambda item: place[item.path])
 
 
 def pytest_collection_finish() -> None:

@@ -2,7 +2,8 @@
 
 P(a > b) is the probability that answer a is preferred to b. It is computed from the ranker's scores
 as sigmoid((score(a) - score(b)) / temperature), PairRM's own model; a score is in the ranker's
-unit. r and h are the log-ratio and its margin (`objective`); beta = 1/eta of the papers.
+unit. r and h are the log-ratio and its margin (`objective`). beta = 1/eta of the papers, except for
+`inpo`, whose paper calls it eta.
 
 What tells Nash-MD, EGPO and online mirror descent apart is who the opponent is, which a loss does
 not see: `nash` is the loss of all three, and the opponent is the response `explore`. `inpo` reads

@@ -79,7 +79,7 @@ class ByLength:
     _SCORES = 2**29  # entries of a layer's attention scores in one part: 2 GiB in float32
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[Group]:
-        for time, members in _by_time(examples, row_length):
+        for time, members in _by_time(examples):
             groups = list(self._groups(members, examples, time))
             those = [[examples[i] for i in group] for group in groups]
             need = max(len(assign_rows(each, time)) for each in those)
@@ -183,12 +183,10 @@ def row_lengths(longest: int) -> range:
     return range(first * step, max(first, 2 * longest // step) * step + 1, step)
 
 
-def _by_time(
-    examples: Sequence[Example], of: Callable[[int], int]
-) -> Iterator[tuple[int, list[int]]]:
+def _by_time(examples: Sequence[Example]) -> Iterator[tuple[int, list[int]]]:
     """Yields (row length, indices of the examples of that length), the longest first."""
     order = sorted(range(len(examples)), key=lambda i: -examples[i].tokens)
-    for time, which in itertools.groupby(order, key=lambda i: of(examples[i].tokens)):
+    for time, which in itertools.groupby(order, key=lambda i: row_length(examples[i].tokens)):
         yield time, list(which)
 
 

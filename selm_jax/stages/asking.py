@@ -30,7 +30,7 @@ Told = dict[str, int | float]  # the counts that a ranker reports
 FOLDER = "scores"
 
 
-def scores_of(
+def asked_scores(
     ranker: LazyRanker, questions: Sequence[Question], candidates: Sequence[Sequence[str]]
 ) -> list[np.ndarray]:
     """The ranker's scores, one array per question.
@@ -59,7 +59,7 @@ def scores_in_parts(
     """
     feedback = step.settings.feedback
     if feedback.ranker == "human":
-        scores = scores_of(ranker, questions, candidates)
+        scores = asked_scores(ranker, questions, candidates)
         return scores, multihost.on_first(lambda: reported(ranker.ranker))
     size = multihost.on_first(lambda: _prompts_per_part(ranker, feedback.prompts_per_part))
     count = -(-len(questions) // size) or 1  # one empty part if there are no questions

@@ -37,8 +37,7 @@ from selm_jax.run.inputs import (
 )
 from selm_jax.run.rows import RunError
 from selm_jax.shell.progress import Advance
-from selm_jax.stages.asking import check_read, unread
-from selm_jax.stages.asking import scores_of as ask
+from selm_jax.stages.asking import asked_scores, check_read, unread
 from selm_jax.stages.score import too_long
 from selm_jax.stages.settings import ANSWERS, SCORING, TEMPLATE
 from selm_jax.stages.stage import Counts, stage
@@ -142,8 +141,9 @@ def evaluate(
     own, capability = [], []
     for part, mine, scored, rows in zip(parts, responses, scores, before, strict=True):
         own.append(measured(model, part.prompts, mine, scored))
-        known = rows is None or bool(own[-1].pairs)
-        capability.append(None if known else guard.of_first(model, part.prompts, rows or ()))
+        # The start model has lost nothing, and where there are pairs, these tell (`_summary`).
+        needless = rows is None or bool(own[-1].pairs)
+        capability.append(None if needless else guard.of_first(model, part.prompts, rows or ()))
     del model
     reference = None if first is None else programs.policy(start.path, chat)
     found = [against(reference, each) for each in own]
@@ -303,4 +303,4 @@ def _scores(
     elif relative and first is not None:
         of_prompt = {row.prompt_id: row.text for row in first if row.kind == "greedy"}
         beside = [of_prompt[prompt.id] for prompt in heldout]
-    return scores_of(partial(ask, ranker), heldout, answers, beside)
+    return scores_of(partial(asked_scores, ranker), heldout, answers, beside)

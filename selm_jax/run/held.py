@@ -13,7 +13,6 @@ from selm_jax.parallel import multihost
 from selm_jax.report import page
 from selm_jax.run.best import best_so_far
 from selm_jax.run.check import check
-from selm_jax.run.memory import has_plenty
 from selm_jax.run.remaining import entries_of, time_left
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
@@ -41,8 +40,8 @@ def held(run: Run) -> Iterator[None]:
         artifacts.wait_for([run.folder.path])
         check(run)
         run.open()
-        chosen = run.sizes
-        keep_freed(has_plenty(filter(None, (chosen.generation, chosen.training)), chosen.sizes))
+        keep_freed(run.sizes.has_plenty)
+        stack.callback(keep_freed, False)
         multihost.listen()
         try:
             yield

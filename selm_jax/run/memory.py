@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -120,20 +120,6 @@ def check_estimate(
             f"there are {gib(limit)} GiB ({source}). The system may kill the run without a "
             "message: leave these settings out, and they are chosen"
         )
-
-
-def has_plenty(stages: Iterable[Generation | Training], sizes: BatchSizes) -> bool:
-    """Says whether this process has a CPU with twice the memory that each stage needs at most.
-
-    Args:
-      stages: what the stages need, by the estimate.
-      sizes: the sizes of their batches.
-    """
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        return False
-    most = max((of.held + sum(of.needs(sizes).values()) for of in stages), default=0)
-    return 2 * (COMPILER + most) <= device_limit(device)[0]
 
 
 def least_of_training(programs: Programs) -> dict[str, int]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from selm_jax.config import Experiment, as_dict, fixed_length, read
@@ -24,13 +25,13 @@ from selm_jax.policy import sizes
 from selm_jax.policy.needs import generation
 from selm_jax.policy.sizes import KEYS, BatchSizes, Generation, Room, Training
 from selm_jax.preferences.layouts import row_lengths
-from selm_jax.run.memory import least_of_training
+from selm_jax.run.memory import COMPILER, least_of_training
 from selm_jax.run.programs import Programs
 from selm_jax.run.remaining import entries_of
 from selm_jax.run.task import Sizes, Task
 from selm_jax.shell import artifacts
 from selm_jax.shell import mirror as mirrors
-from selm_jax.shell.memory import shard_bytes
+from selm_jax.shell.memory import device_limit, shard_bytes
 from selm_jax.shell.shared_stages import SharedStages
 from selm_jax.shell.user_code import is_user_code
 from selm_jax.shell.words import sizes_in_words
@@ -78,6 +79,16 @@ class Choice:
         """Says in one line what was chosen and why; "" if the experiment gives all sizes."""
         told = sizes_in_words(self.chosen, self.because, self.lowered)
         return f"sizes: {told}" if told else ""
+
+    @property
+    def has_plenty(self) -> bool:
+        """Says whether this process has a CPU with twice the memory that each stage needs."""
+        device = jax.local_devices()[0]
+        if device.platform != "cpu":
+            return False
+        stages = filter(None, (self.generation, self.training))
+        most = max(of.held + sum(of.needs(self.sizes).values()) for of in stages)
+        return 2 * (COMPILER + most) <= device_limit(device)[0]
 
     def described(self) -> dict[str, Any]:
         """The entries of `manifest.json`."""

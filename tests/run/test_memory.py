@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -15,6 +16,7 @@ from selm_jax.iterate import iterate
 from selm_jax.policy.sizes import LEAST, least
 from selm_jax.run import memory
 from selm_jax.run.check import check
+from selm_jax.run.held import held
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
 from selm_jax.run.wanted import Wanted
@@ -125,6 +127,29 @@ def test_on_a_cpu_the_estimate_is_compared_with_the_limit(tmp_path, monkeypatch,
     monkeypatch.setattr("selm_jax.run.check.check_memory", lambda _: iter(()))
     with pytest.raises(RunError, match="by the estimate"):
         check(run)
+
+
+@pytest.mark.parametrize(
+    "spare, platform, kept", [(0, "cpu", True), (-1, "cpu", False), (0, "gpu", False)]
+)
+def test_freed_memory_is_kept_only_where_a_cpu_has_twice_what_stages_need(
+    tmp_path, monkeypatch, spare, platform, kept
+):
+    chosen = run_of(tmp_path).sizes
+    stages = chosen.generation, chosen.training
+    most = max(of.held + sum(of.needs(chosen.sizes).values()) for of in stages)
+    limit = 2 * (most + memory.COMPILER) + spare
+    monkeypatch.setattr("selm_jax.run.sizes.device_limit", lambda _: (limit, "a test"))
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform=platform)])
+    assert chosen.has_plenty is kept
+
+
+def test_a_run_with_plenty_keeps_freed_memory_as_long_as_it_works(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("selm_jax.run.held.keep_freed", told.append)
+    with held(run_of(tmp_path)):
+        assert told == [True]
+    assert told == [True, False]
 
 
 FULL = "RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."

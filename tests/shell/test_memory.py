@@ -124,3 +124,15 @@ def test_freed_memory_is_kept_until_it_is_released():
     assert usual >= 4 * pages and after >= 4 * pages, "each array had new pages"
     assert kept < pages
     assert returned >= 0.9 * 2**25
+
+
+def test_freed_memory_is_returned_once_memory_ran_out(monkeypatch):
+    told, errors = [], [MemoryError()]
+    monkeypatch.setattr(memory, "keep_freed", told.append)
+
+    def work():
+        if errors:
+            raise errors.pop()
+
+    memory.until_it_fits(work, lambda _: None)
+    assert told == [False]

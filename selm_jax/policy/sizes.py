@@ -15,7 +15,7 @@ a program needs besides is estimated, so a share of the memory is reserved (`roo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
@@ -165,6 +165,10 @@ class Generation:
         slots, rows = (-(-n // self.copies) for n in (sizes.slots, sizes.prefill_rows))
         return {"slots": self.caches * slots * self.slot, "prefill_rows": rows * self.row}
 
+    def total(self, sizes: BatchSizes) -> int:
+        """The bytes of a stage with these sizes."""
+        return self.held + sum(self.needs(sizes).values())
+
 
 @dataclasses.dataclass(frozen=True)
 class Training:
@@ -178,6 +182,8 @@ class Training:
       held: bytes of parameters, gradients and moments, and of what else stays in memory.
       itemsize: bytes of an activation.
       whole_scores: whether attention has the scores of a whole row in memory at once.
+      second: bytes of the gradients of a batch, which an update of several batches adds to the sum.
+      shortest: the tokens of the shortest row that holds any example; None for `length`.
     """
 
     config: DecoderConfig
@@ -187,6 +193,17 @@ class Training:
     held: int
     itemsize: int
     whole_scores: bool
+    second: int = 0
+    shortest: int | None = None
+
+    def in_one_batch(self, rows: int) -> bool:
+        """Says whether an update is one batch for certain: each row holds at least one example."""
+        return rows >= self.examples
+
+    def total(self, sizes: BatchSizes) -> int:
+        """The bytes of an update with these sizes."""
+        second = 0 if self.in_one_batch(sizes.rows) else self.second
+        return self.held + second + sum(self.needs(sizes).values())
 
     def needs(self, sizes: BatchSizes, backward: bool = True) -> dict[str, int]:
         """The bytes that each size takes: what is stored, recomputed, and scored at once.
@@ -197,7 +214,9 @@ class Training:
           backward: whether there is a backward pass, for which something is stored.
         """
         c, rows = self.config, -(-sizes.rows // self.ways)
-        tokens, mlp = rows * self.length, _mlp(c)
+        # The one batch of an update has the shape with the least padding, which is no larger.
+        one = backward and self.in_one_batch(sizes.rows) and self.shortest is not None
+        tokens, mlp = rows * (self.shortest if one else self.length), _mlp(c)
         every = _projected(c)
         layers = of_layers(c, self.length if self.whole_scores else 0)
         stored = {
@@ -253,7 +272,7 @@ def choose(
     if training is None:
         return sizes
     busy = _TRAIN.get(platform, _ELSEWHERE)
-    return _for_training(training, room - training.held, busy, sizes, fixed)
+    return _for_training(training, room, busy, sizes, fixed)
 
 
 def _for_generation(
@@ -308,11 +327,22 @@ def _for_training(
         for remat in _REMATS:
             wanted = {"rows": rows * t.ways, "remat": remat, "chunk": _power(chunk)} | fixed
             found = dataclasses.replace(sizes, **wanted)
-            if sum(t.needs(found).values()) <= room:
+            if t.total(found) <= room:
                 return found
         if rows == 1 or "rows" in fixed:
-            return dataclasses.replace(found, **{"chunk": LEAST.chunk} | fixed)
+            return min(_least(t, found, fixed), key=t.total)
         rows //= 2
+
+
+def _least(t: Training, sizes: BatchSizes, fixed: dict[str, Any]) -> Iterator[BatchSizes]:
+    """Yields the sizes that may need the least: one row for each device, or all in one batch.
+
+    One batch needs no second tree of gradients.
+    """
+    yield dataclasses.replace(sizes, **{"chunk": LEAST.chunk} | fixed)
+    rows = -(-t.examples // t.ways)
+    one = {"rows": rows * t.ways, "remat": LEAST.remat, "chunk": max(8, LEAST.chunk // rows)}
+    yield dataclasses.replace(sizes, **one | fixed)
 
 
 def _power(n: int) -> int:

@@ -25,7 +25,7 @@ from selm_jax.policy import sizes
 from selm_jax.policy.needs import generation
 from selm_jax.policy.sizes import KEYS, BatchSizes, Generation, Room, Training
 from selm_jax.preferences.layouts import row_lengths
-from selm_jax.run.memory import COMPILER, least_of_training
+from selm_jax.run.memory import MARGIN, least_of_training
 from selm_jax.run.programs import Programs
 from selm_jax.run.remaining import entries_of
 from selm_jax.run.task import Sizes, Task
@@ -87,8 +87,8 @@ class Choice:
         if device.platform != "cpu":
             return False
         stages = filter(None, (self.generation, self.training))
-        most = max(of.held + sum(of.needs(self.sizes).values()) for of in stages)
-        return 2 * (COMPILER + most) <= device_limit(device)[0]
+        most = max(of.total(self.sizes) for of in stages)
+        return 2 * (MARGIN + most) <= device_limit(device)[0]
 
     def described(self) -> dict[str, Any]:
         """The entries of `manifest.json`."""
@@ -188,25 +188,30 @@ def _training(draft: Programs) -> Training:
     e = draft.experiment
     fixed = fixed_length(e.training.row_length)
     length = fixed or row_lengths(longest_example(e, draft.task, draft.sizes))[-1]
-    return facts_of_training(draft, length, e.training.global_batch)
+    shortest = fixed or row_lengths(longest_example(e, draft.task, draft.sizes))[0]
+    return facts_of_training(draft, length, e.training.global_batch, shortest)
 
 
-def facts_of_training(draft: Programs, length: int, examples: int) -> Training:
+def facts_of_training(
+    draft: Programs, length: int, examples: int, shortest: int | None = None
+) -> Training:
     """The facts that the sizes of training depend on.
 
     Args:
       draft: the programs with any sizes.
       length: the tokens of a row.
       examples: the number of examples of an update.
+      shortest: the tokens of the shortest row that may be chosen; None for `length`.
     """
     e, platform = draft.experiment, platform_of(draft.devices.mesh)
     parts, itemsize = least_of_training(draft), jnp.dtype(draft.devices.dtype).itemsize
-    held = sum(parts.values()) + parts["gradients"]  # a second tree while batches are added
+    held = sum(parts.values())
     if draft.devices.row_ways > 1:  # shards are gathered
         held += itemsize * gathered(draft.config, draft.parameters)
     return Training(
         draft.config, draft.devices.row_ways, length, examples, held, itemsize,
         whole_scores=holds_all_scores(e.compute.attention, length, platform),
+        second=parts["gradients"], shortest=shortest,
     )  # fmt: skip
 
 

@@ -204,7 +204,7 @@ def keep_freed(keep: bool = True) -> None:
     """Keeps freed memory in this process until `release`, or returns it at once (glibc only).
 
     XLA allocates the temporary arrays of a program anew each time it runs. The system clears every
-    page of them, which takes about a seventh of the time of an update of SmolLM2-135M on two cores.
+    page of them, which takes about a seventh of the time of an update of SmolLM2-135M.
     """
     if (set_to := _of_glibc("mallopt")) is not None:
         set_to(_TRIM_THRESHOLD, -1 if keep else _TRIM_AT)

@@ -42,6 +42,7 @@ class Step:
         process only.
       ranker_batches: the batches of the ranker's models, if the stage had to make them smaller; the
         run remembers them when the stage ends.
+      plenty: whether there is memory to spare (`Choice.has_plenty`).
     """
 
     run: str
@@ -56,6 +57,7 @@ class Step:
     console: Console
     iterations: int
     ranker_batches: list[int] = field(default_factory=list)
+    plenty: bool = True
 
     @classmethod
     def of(cls, run: Run, stage: str, t: int, keys: frozenset[str]) -> Step:
@@ -72,6 +74,7 @@ class Step:
             note_server=partial(run.folder.note_server, t),
             console=run.console,
             iterations=run.experiment.iterations,
+            plenty=run.sizes.has_plenty,
         )
 
     def say(self, text: str) -> None:

@@ -11,6 +11,7 @@ from selm_jax.run.inputs import Model, StoredTable, Training
 from selm_jax.run.programs import iteration_key
 from selm_jax.run.rows import RunError
 from selm_jax.shell import artifacts
+from selm_jax.shell.memory import release
 from selm_jax.shell.words import redo
 from selm_jax.stages.stage import Counts, stage
 from selm_jax.stages.step import Step
@@ -35,6 +36,10 @@ def train(step: Step, policy: Model, examples: StoredTable, reference: Model) ->
     kept = step.settings.training.checkpoints_kept
     checkpoints = Training(step.folder).checkpoints(policy, kept)
     if not checkpoints.has_final:
+        if not step.plenty and programs.lora is None:
+            like = TrainState.abstract(programs.abstract_trained, programs.optimizer)
+            loop.compile_ahead(plan, programs.update_at(step.t), like, programs.place)
+            release()
         start = programs.start_of(policy.path)
         key = iteration_key(step.settings.seed, step.t)
         state = TrainState.create(programs.trained(start, key), programs.optimizer)

@@ -217,6 +217,39 @@ def one_update(
     return state, found
 
 
+def compile_ahead(
+    plan: TrainingPlan,
+    update: Update,
+    state: TrainState,
+    place: Callable[[PreferenceBatch], PreferenceBatch],
+) -> None:
+    """Compiles the programs of a plan's updates, and leaves them in the compilation cache.
+
+    The compiler needs half a GiB. So it has done its work before parameters and moments are in
+    memory. A live reference and adapters are arguments of other programs.
+
+    Args:
+      plan: the updates, all of one shape.
+      update: the functions to compile.
+      state: abstract, as by `TrainState.abstract`.
+      place: puts a batch on the devices.
+    """
+    batch = place(pack(plan.updates[0], plan.shape)[0])
+    given = (state.params, batch, mean_lengths(plan.updates[0]), None, None, None)
+    first = update.gradients.lower(*given)
+    first.compile()
+    grads, sums = first.out_info
+    grads = jax.tree.map(_placed, grads, jax.tree.map(lambda x: x.sharding, state.params))
+    sums = jax.tree.map(lambda x: _placed(x, state.step.sharding), sums)
+    if any(len(pack(each, plan.shape)) > 1 for each in plan.updates):
+        update.add.lower(grads, sums, *given).compile()
+    update.apply.lower(state, grads, sums, np.float32(0)).compile()
+
+
+def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
 def mean_lengths(examples: Sequence[Example]) -> np.ndarray:
     """The mean number of scored tokens of each role's response in an update, [roles]."""
 

@@ -72,8 +72,8 @@ def test_chosen_sizes_fit_by_the_estimate(model, slice_):
     found, copies, chips = b.sizes, len(b.target.devices) // 4, len(b.target.devices)
     assert found.generation is not None
     room = b.target.hbm - sum(b.ranker_bytes.values())
-    assert found.generation.held + sum(found.generation.needs(found.sizes).values()) <= room
-    assert found.training.held + sum(found.training.needs(found.sizes).values()) <= room
+    assert found.generation.total(found.sizes) <= room
+    assert found.training.total(found.sizes) <= room
     assert found.sizes.slots % copies == found.sizes.prefill_rows % copies == 0
     assert found.sizes.slots >= 32 and found.sizes.rows % chips == 0
     assert "the compiler's bound" in b.told and "PairRM: 16 rows of 512 tokens" in b.told

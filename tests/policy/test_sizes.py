@@ -75,14 +75,24 @@ def test_what_was_chosen_fits_or_is_the_least(room, copies, ways, length, wanted
     found = chosen(room, g, t, platform)
     assert found.slots % copies == found.prefill_rows % copies == found.rows % ways == 0
     least = BatchSizes(copies, copies, ways, "full", LEAST.chunk)
-    fits = g.held + sum(g.needs(found).values()) <= room
+    fits = g.total(found) <= room
     assert fits or (found.slots, found.prefill_rows) == (least.slots, least.prefill_rows)
-    fits = t.held + sum(t.needs(found).values()) <= room
+    fits = t.total(found) <= room
     assert fits or (found.rows, found.remat, found.chunk) == (least.rows, "full", least.chunk)
     more = chosen(2 * room, g, t, platform)
     order: tuple[Remat, ...] = ("full", "mlp", "dots", "none")
     assert more.rows >= found.rows
     assert more.rows > found.rows or order.index(more.remat) >= order.index(found.remat)
+
+
+def test_an_update_in_one_batch_needs_no_second_tree_of_gradients():
+    """With 3 GiB of memory the quickstart was refused, though it ends if all rows are one batch."""
+    t = dataclasses.replace(training(held=2 * GIB), second=GIB // 2, shortest=160)
+    room = int(2.25 * GIB)
+    found = chosen(room, to=t)
+    assert (found.rows, found.remat, found.chunk) == (t.examples, "full", 8)
+    assert t.total(found) <= room < t.total(dataclasses.replace(found, rows=1, chunk=32))
+    assert chosen(17 * GIB, to=t) == chosen(17 * GIB), "where there is room, nothing changes"
 
 
 @pytest.mark.parametrize("stage", ["generation", "training"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import jax
 import pytest
 import tiny
 from jax.errors import JaxRuntimeError
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from selm_jax import config
@@ -19,7 +21,9 @@ from selm_jax.run.check import check
 from selm_jax.run.held import held
 from selm_jax.run.rows import RunError
 from selm_jax.run.run import Run
+from selm_jax.run.sizes import Choice
 from selm_jax.run.wanted import Wanted
+from selm_jax.training import loop
 from selm_jax.training.state import TrainState
 
 QUIET = Console(quiet=True)
@@ -110,11 +114,11 @@ def test_on_a_cpu_the_estimate_is_compared_with_the_limit(tmp_path, monkeypatch,
     of = run.sizes.training if stage == "train" else run.sizes.generation
     assert of is not None
     taken = 2**20
-    mine = taken * len(jax.local_devices()) - memory.COMPILER
+    mine = taken * len(jax.local_devices()) - memory.MARGIN
     monkeypatch.setattr(memory, "held_now", lambda: mine)
 
     def limited_to(sizes, missing: int) -> list[str]:
-        limit = of.held + sum(of.needs(sizes).values()) + taken - missing
+        limit = of.total(sizes) + taken - missing
         monkeypatch.setattr(memory, "device_limit", lambda _: (limit, "a test"))
         return list(memory.check_estimate(stage, of, run.sizes.sizes, LEAST))
 
@@ -137,8 +141,8 @@ def test_freed_memory_is_kept_only_where_a_cpu_has_twice_what_stages_need(
 ):
     chosen = run_of(tmp_path).sizes
     stages = chosen.generation, chosen.training
-    most = max(of.held + sum(of.needs(chosen.sizes).values()) for of in stages)
-    limit = 2 * (most + memory.COMPILER) + spare
+    most = max(of.total(chosen.sizes) for of in stages)
+    limit = 2 * (most + memory.MARGIN) + spare
     monkeypatch.setattr("selm_jax.run.sizes.device_limit", lambda _: (limit, "a test"))
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform=platform)])
     assert chosen.has_plenty is kept
@@ -150,6 +154,39 @@ def test_a_run_with_plenty_keeps_freed_memory_as_long_as_it_works(tmp_path, monk
     with held(run_of(tmp_path)):
         assert told == [True]
     assert told == [True, False]
+
+
+def test_where_memory_is_short_updates_are_compiled_before_parameters_are_read(
+    tmp_path, monkeypatch
+):
+    """Afterwards training compiles nothing that needs much memory."""
+    kept = jax.config.jax_compilation_cache_dir
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
+
+    def updates() -> set[str]:
+        files = (tmp_path / "compiled").glob("jit_*")
+        return {file.name for file in files if re.match("jit_(gradients|add|apply)-", file.name)}
+
+    def compile_ahead(*given):
+        before = updates()
+        loop.compile_ahead(*given)
+        ahead.append((before, updates()))
+
+    ahead = []
+    monkeypatch.setattr("selm_jax.stages.train.loop", SimpleNamespace(
+        **vars(loop) | {"compile_ahead": compile_ahead}))  # fmt: skip
+    monkeypatch.setattr(Choice, "has_plenty", False)
+    try:
+        iterate(run_of(tmp_path, training__rows=1, iterations=1, training__learning_rate=1e-3))
+    finally:
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", kept)
+    ((before, after),) = ahead
+    assert not before and {name.partition("-")[0] for name in after} == {
+        "jit_gradients", "jit_add", "jit_apply",
+    }  # fmt: skip
+    assert updates() == after
 
 
 FULL = "RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."

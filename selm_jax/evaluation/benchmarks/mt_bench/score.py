@@ -146,6 +146,8 @@ def _by_group(
     describe: Callable[[Sequence[Row]], dict[str, Any]],
 ) -> dict[str, Any]:
     category = {q.id: q.category for q in questions}
+    # A file has them in the order in which the judge answered, which would show in the last digit.
+    rows = sorted(rows, key=lambda row: (row["question_id"], row["turn"]))
     turns = {turn: [row for row in rows if row["turn"] == turn] for turn in (1, 2)}
     found: dict[str, Any] = {"overall": describe(rows)}
     found |= {f"turn_{turn}": describe(those) for turn, those in turns.items()}

@@ -36,7 +36,8 @@ def train(step: Step, policy: Model, examples: StoredTable, reference: Model) ->
     kept = step.settings.training.checkpoints_kept
     checkpoints = Training(step.folder).checkpoints(policy, kept)
     if not checkpoints.has_final:
-        if not step.plenty and programs.lora is None:
+        stored = step.settings.training.reference == "stored"
+        if not step.plenty and stored and programs.lora is None:
             like = TrainState.abstract(programs.abstract_trained, programs.optimizer)
             loop.compile_ahead(plan, programs.update_at(step.t), like, programs.place)
             release()
